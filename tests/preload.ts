@@ -1,0 +1,12 @@
+/** For `bun test`: brings what bun.lock names to a fresh clone, and gives tests of real processes their time. */
+import { setDefaultTimeout } from "bun:test";
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+
+const home = join(import.meta.dir, "..");
+if (!existsSync(join(home, "node_modules", "consola"))) {
+  const { exitCode, stderr } = Bun.spawnSync([process.execPath, "install", "--frozen-lockfile"], { cwd: home });
+  if (exitCode !== 0) throw new Error(`bun install failed: ${stderr}`);
+}
+
+setDefaultTimeout(120_000);
