@@ -1,0 +1,772 @@
+/**
+ * The wire between a reprise client and a reprise server: its specification, and the code that encodes and decodes it.
+ *
+ * One TCP connection carries frames both ways. The client opens with HELLO and may send requests in the same packet;
+ * the server answers HELLO, then each request in the order of arrival. Nothing here does I/O, reads a clock or logs.
+ *
+ * ```text
+ * [frame]      Every number is big-endian and unsigned unless marked i; numbers over 2^53-1 are refused.
+ *
+ *               0        4      5
+ *              +--------+------+---------------- - - -+
+ *              | length | type | payload              |     length = bytes of the payload, without these 5
+ *              |   u32  |  u8  | `length` bytes       |
+ *              +--------+------+---------------- - - -+
+ *
+ *              str = u16 byte count, then that many bytes of UTF-8. A receiver refuses a frame that is longer than
+ *              [limits] allow, has an unknown type, ends early or has bytes left over.
+ *
+ * [types]      0x01-0x0f handshake, 0x10-0x3f requests (0x20 PUT, 0x21 REMOVE, 0x22 MOVE, 0x23 MKDIR and 0x30-0x3f,
+ *              between servers, are reserved), 0x80-0xbf answers.
+ *
+ *              type  name      direction  payload
+ *              0x01  HELLO     to server  magic u32 "RPRS", version u16, flags u32 (0; unknown bits are ignored),
+ *                                         token str (empty: none)
+ *              0x10  GET       to server  offset u64, length u64 (2^53-1: to the end), etag str, path str
+ *              0x11  LIST      to server  flags u8 (1: the folders below as well), path str
+ *              0x12  STAT      to server  path str
+ *              0x13  STATUS    to server  empty
+ *              0x1f  QUIT      to server  empty
+ *              0x80  WELCOME   to client  version u16, software str
+ *              0x81  REDIRECT  to client  port u16, host str
+ *              0x82  ERROR     to client  code u16, text str
+ *              0x83  META      to client  kind u8, size u64, mtime i64 (microseconds since 1970), offset u64, etag str
+ *              0x84  DATA      to client  crc32 u32 of the content, content (1 to 1,048,576 bytes)
+ *              0x85  END       to client  bytes u64: the content of this answer, in all
+ *              0x86  ENTRIES   to client  one or more of: kind u8, size u64, mtime i64, path str
+ *              0x87  INFO      to client  a JSON object in UTF-8
+ *
+ * [handshake]  HELLO -> WELCOME, or REDIRECT (connect there instead), or ERROR and the end of the connection. A server
+ *              that does not speak the version answers ERROR `version`, whose text names the versions it speaks.
+ *
+ * [get]        GET -> META DATA* END, or ERROR in place of any of these frames. Content starts at `offset`, the bytes
+ *              that the client already holds. A client that holds a part names its version with `etag`; if the file
+ *              is another by now, the answer is ERROR `changed` and no content. So is the frame in place of the next
+ *              DATA when the file changes while it is sent. Only END means that the content is complete.
+ *
+ * [list]       LIST -> ENTRIES* END. Paths are relative to the folder asked for; the order is the storage's own.
+ * [stat]       STAT -> META, with offset 0.
+ * [status]     STATUS -> INFO.
+ * [quit]       QUIT -> END, then the server closes.
+ *
+ * [errors]     The table is `ERRORS` below. An ERROR ends its answer and the connection goes on, except for the codes
+ *              marked `closes`. A server may send `busy`, `shutting_down` or `idle` unasked, and then closes.
+ *
+ * [paths]      Segments joined by "/", relative to the served folder, itself named "". Refused: an empty segment, "."
+ *              and "..", NUL, CR, LF, a segment over 255 bytes, a path over 4,096. Everything else is a literal name.
+ *
+ * [etag]       Names one version of one file; opaque to the client, at most 255 bytes.
+ *
+ * [limits]     A frame to the server: 65,536 bytes of payload. A frame to the client: 1,048,580. A list frame is closed
+ *              at 65,536. See `MAX_*` below.
+ * ```
+ */
+
+export const PROTOCOL_VERSION = 1;
+export const DEFAULT_PORT = 2121;
+/** "RPRS". */
+export const MAGIC = 0x52505253;
+export const HEADER_BYTES = 5;
+/**
+ * Content of one DATA frame. Measured on loopback, 2 GiB, whole client process: 256 KiB 1.04 s, 512 KiB 0.86 s, 1 MiB
+ * 0.80 s, because the cost of a frame is the same. A sender uses less on a slow line, where a cut costs what is checked
+ * last.
+ */
+export const MAX_CONTENT_BYTES = 1024 * 1024;
+/** crc32 and content. */
+export const MAX_ANSWER_BYTES = 4 + MAX_CONTENT_BYTES;
+export const MAX_REQUEST_BYTES = 64 * 1024;
+export const MAX_PATH_BYTES = 4096;
+export const MAX_SEGMENT_BYTES = 255;
+export const MAX_ETAG_BYTES = 255;
+export const MAX_TEXT_BYTES = 1024;
+/** As a GET's `length`: everything from the offset on. */
+export const TO_THE_END = Number.MAX_SAFE_INTEGER;
+
+export const FrameType = {
+  HELLO: 0x01,
+  GET: 0x10,
+  LIST: 0x11,
+  STAT: 0x12,
+  STATUS: 0x13,
+  QUIT: 0x1f,
+  WELCOME: 0x80,
+  REDIRECT: 0x81,
+  ERROR: 0x82,
+  META: 0x83,
+  DATA: 0x84,
+  END: 0x85,
+  ENTRIES: 0x86,
+  INFO: 0x87,
+} as const;
+export type FrameType = (typeof FrameType)[keyof typeof FrameType];
+
+/** Process exit statuses of the client; 130 and 143 are those of SIGINT and SIGTERM. */
+export const ExitStatus = {
+  done: 0,
+  usage: 2,
+  notFound: 3,
+  refused: 4,
+  changed: 5,
+  checksum: 6,
+  local: 7,
+  lost: 8,
+  server: 9,
+} as const;
+
+/**
+ * [errors] Everything that can go wrong, in one place. `text` is said when nothing more exact is known; `retry` tells
+ * whether the same request may succeed a moment later; `closes` whether the connection ends with it. Numbers from 100
+ * on never travel: they are the client's own.
+ */
+export const ERRORS = {
+  not_found: { number: 1, text: "not found", retry: false, closes: false, exit: ExitStatus.notFound },
+  bad_name: { number: 2, text: "not found: bad name", retry: false, closes: false, exit: ExitStatus.refused },
+  not_a_file: { number: 3, text: "not a file", retry: false, closes: false, exit: ExitStatus.refused },
+  not_a_folder: { number: 4, text: "not a folder", retry: false, closes: false, exit: ExitStatus.refused },
+  refused: { number: 5, text: "refused", retry: false, closes: false, exit: ExitStatus.refused },
+  changed: { number: 6, text: "changed on the server", retry: false, closes: false, exit: ExitStatus.changed },
+  bad_range: { number: 7, text: "offset past the end", retry: false, closes: false, exit: ExitStatus.refused },
+  failed: { number: 8, text: "the server could not read it", retry: true, closes: false, exit: ExitStatus.server },
+  busy: { number: 9, text: "too many connections", retry: true, closes: true, exit: ExitStatus.server },
+  shutting_down: { number: 10, text: "the server is stopping", retry: true, closes: true, exit: ExitStatus.server },
+  idle: { number: 11, text: "closed for lack of activity", retry: true, closes: true, exit: ExitStatus.lost },
+  version: { number: 12, text: "unknown protocol version", retry: false, closes: true, exit: ExitStatus.server },
+  bad_frame: { number: 13, text: "not the reprise protocol", retry: false, closes: true, exit: ExitStatus.server },
+  usage: { number: 100, text: "usage", retry: false, closes: false, exit: ExitStatus.usage },
+  checksum: { number: 101, text: "checksum mismatch", retry: true, closes: true, exit: ExitStatus.checksum },
+  local: { number: 102, text: "local file error", retry: false, closes: false, exit: ExitStatus.local },
+  lost: { number: 103, text: "connection lost", retry: true, closes: true, exit: ExitStatus.lost },
+  interrupted: { number: 104, text: "interrupted", retry: false, closes: true, exit: 130 },
+  terminated: { number: 105, text: "terminated", retry: false, closes: true, exit: 143 },
+  pipe_closed: { number: 106, text: "the output was closed", retry: false, closes: true, exit: ExitStatus.done },
+  timeout: { number: 107, text: "no byte for too long", retry: true, closes: true, exit: ExitStatus.lost },
+} as const satisfies Record<string, ErrorRow>;
+export type ErrorCode = keyof typeof ERRORS;
+
+interface ErrorRow {
+  number: number;
+  text: string;
+  retry: boolean;
+  closes: boolean;
+  exit: number;
+}
+
+const CODE_BY_NUMBER = new Map<number, ErrorCode>(
+  Object.entries(ERRORS).map(([code, row]) => [row.number, code as ErrorCode]),
+);
+
+/** The one error of this project. `message` is for people: what happened, to what, what to do next. */
+export class RepriseError extends Error {
+  readonly code: ErrorCode;
+  constructor(code: ErrorCode, message: string = ERRORS[code].text, cause?: unknown) {
+    super(message, cause === undefined ? undefined : { cause });
+    this.name = "RepriseError";
+    this.code = code;
+  }
+}
+
+export const EntryKind = { file: 1, folder: 2 } as const;
+export type EntryKind = keyof typeof EntryKind;
+
+/** What is known of one file or folder. A folder's size is 0 and its etag empty. */
+export interface Meta {
+  kind: EntryKind;
+  /** Bytes. */
+  size: number;
+  /** Microseconds since 1970, possibly negative. */
+  mtime: number;
+  etag: string;
+}
+
+export interface Entry extends Omit<Meta, "etag"> {
+  /** Relative to the folder that was listed. */
+  path: string;
+}
+
+export type Request =
+  | { action: "get"; path: string; offset: number; length: number; etag: string }
+  | { action: "list"; path: string; recursive: boolean }
+  | { action: "stat"; path: string }
+  | { action: "status" }
+  | { action: "quit" };
+
+export interface Hello {
+  version: number;
+  flags: number;
+  token: string;
+}
+
+export type Answer =
+  | { type: "welcome"; version: number; software: string }
+  | { type: "redirect"; host: string; port: number }
+  | { type: "error"; error: RepriseError }
+  | ({ type: "meta"; offset: number } & Meta)
+  | { type: "data"; crc32: number; content: Uint8Array }
+  | { type: "end"; bytes: number }
+  | { type: "entries"; entries: Entry[] }
+  | { type: "info"; info: Record<string, unknown> };
+
+export interface Frame {
+  type: number;
+  payload: Uint8Array;
+}
+
+// ---------------------------------------------------------------------------------------------------- [paths]
+
+/**
+ * Checks a path by [paths] and returns its segments; the served folder itself ("") has none.
+ * Throws `bad_name`, in the words of "not found", so that a probe learns nothing.
+ */
+export function splitPath(path: string): string[] {
+  if (path === "") return [];
+  const segments = path.split("/");
+  const bad = /[\0\r\n]/.test(path) || segments.some((name) => name === "" || name === "." || name === "..");
+  if (bad) throw new RepriseError("bad_name", `not found: ${quote(path)} is not a name below the served folder`);
+  if (utf8Length(path) > MAX_PATH_BYTES || segments.some((name) => utf8Length(name) > MAX_SEGMENT_BYTES)) {
+    throw new RepriseError("bad_name", `not found: a name is at most 255 bytes and a path 4096: ${quote(path, 60)}`);
+  }
+  return segments;
+}
+
+/** A name for a terminal or a message: quoted, control and bidirectional characters escaped, cut at `limit`. */
+export function quote(text: string, limit = 300): string {
+  const cut = text.length > limit ? `${text.slice(0, limit)}…` : text;
+  return JSON.stringify(cut).replace(/[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, escapeUnit);
+}
+
+function escapeUnit(unit: string): string {
+  return `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`;
+}
+
+// ---------------------------------------------------------------------------------------------------- encoding
+
+const encoder = new TextEncoder();
+const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+const TWO_32 = 2 ** 32;
+
+function utf8Length(text: string): number {
+  return Buffer.byteLength(text, "utf8");
+}
+
+/** [frame] Writes one frame's fields in order. The length is filled in by `done`. */
+class Writer {
+  #bytes = new Uint8Array(256);
+  #view = new DataView(this.#bytes.buffer);
+  #end: number = HEADER_BYTES;
+
+  constructor(type: FrameType) {
+    this.#bytes[4] = type;
+  }
+  /** Bytes of payload so far. */
+  get length(): number {
+    return this.#end - HEADER_BYTES;
+  }
+  u8(value: number): this {
+    this.#view.setUint8(this.#take(1), value);
+    return this;
+  }
+  u16(value: number): this {
+    this.#view.setUint16(this.#take(2), value);
+    return this;
+  }
+  u32(value: number): this {
+    this.#view.setUint32(this.#take(4), value);
+    return this;
+  }
+  u64(value: number): this {
+    if (!(value >= 0)) throw new RangeError(`Not a u64: ${value}`);
+    return this.i64(value);
+  }
+  i64(value: number): this {
+    if (!Number.isSafeInteger(value)) throw new RangeError(`Not a safe integer: ${value}`);
+    const at = this.#take(8);
+    this.#view.setInt32(at, Math.floor(value / TWO_32));
+    this.#view.setUint32(at + 4, value >>> 0);
+    return this;
+  }
+  str(text: string, limit = MAX_PATH_BYTES): this {
+    const bytes = encoder.encode(text);
+    if (bytes.length > limit) throw new RangeError(`A string of ${bytes.length} bytes, at most ${limit} fit here`);
+    return this.u16(bytes.length).raw(bytes);
+  }
+  raw(bytes: Uint8Array): this {
+    const at = this.#take(bytes.length);
+    this.#bytes.set(bytes, at);
+    return this;
+  }
+  done(): Uint8Array {
+    this.#view.setUint32(0, this.length);
+    return this.#bytes.subarray(0, this.#end);
+  }
+  #take(count: number): number {
+    const at = this.#end;
+    this.#end += count;
+    if (this.#end > this.#bytes.length) {
+      const larger = new Uint8Array(Math.max(this.#end, this.#bytes.length * 2));
+      larger.set(this.#bytes);
+      this.#bytes = larger;
+      this.#view = new DataView(larger.buffer);
+    }
+    return at;
+  }
+}
+
+/** [handshake] magic u32, version u16, flags u32, token str. */
+export function encodeHello(hello: Partial<Hello> = {}): Uint8Array {
+  const { version = PROTOCOL_VERSION, flags = 0, token = "" } = hello;
+  return new Writer(FrameType.HELLO).u32(MAGIC).u16(version).u32(flags).str(token).done();
+}
+
+/** [get] [list] [stat] [status] [quit] */
+export function encodeRequest(request: Request): Uint8Array {
+  switch (request.action) {
+    case "get": {
+      const { offset, length, etag, path } = request;
+      return new Writer(FrameType.GET).u64(offset).u64(length).str(etag, MAX_ETAG_BYTES).str(path).done();
+    }
+    case "list":
+      return new Writer(FrameType.LIST)
+        .u8(request.recursive ? 1 : 0)
+        .str(request.path)
+        .done();
+    case "stat":
+      return new Writer(FrameType.STAT).str(request.path).done();
+    case "status":
+      return new Writer(FrameType.STATUS).done();
+    case "quit":
+      return new Writer(FrameType.QUIT).done();
+  }
+}
+
+/** [handshake] version u16, software str. */
+export function encodeWelcome(software: string): Uint8Array {
+  return new Writer(FrameType.WELCOME).u16(PROTOCOL_VERSION).str(software, MAX_TEXT_BYTES).done();
+}
+
+/** [handshake] port u16, host str. */
+export function encodeRedirect(host: string, port: number): Uint8Array {
+  return new Writer(FrameType.REDIRECT).u16(port).str(host, MAX_TEXT_BYTES).done();
+}
+
+/** [errors] code u16, text str. A text over the limit is cut, never refused: an error must always travel. */
+export function encodeError(error: RepriseError): Uint8Array {
+  const text = utf8Length(error.message) > MAX_TEXT_BYTES ? error.message.slice(0, MAX_TEXT_BYTES / 4) : error.message;
+  return new Writer(FrameType.ERROR).u16(ERRORS[error.code].number).str(text, MAX_TEXT_BYTES).done();
+}
+
+/** [get] [stat] kind u8, size u64, mtime i64, offset u64, etag str. */
+export function encodeMeta(meta: Meta, offset = 0): Uint8Array {
+  const frame = new Writer(FrameType.META).u8(EntryKind[meta.kind]).u64(meta.size).i64(meta.mtime).u64(offset);
+  return frame.str(meta.etag, MAX_ETAG_BYTES).done();
+}
+
+/** [get] What goes before `length` bytes of content: the frame's header and crc32 u32. */
+export function encodeDataHeader(length: number, crc32: number): Uint8Array {
+  const bytes = new Uint8Array(HEADER_BYTES + 4);
+  const view = new DataView(bytes.buffer);
+  view.setUint32(0, 4 + length);
+  bytes[4] = FrameType.DATA;
+  view.setUint32(HEADER_BYTES, crc32);
+  return bytes;
+}
+
+/** [get] [list] [quit] bytes u64. */
+export function encodeEnd(bytes: number): Uint8Array {
+  return new Writer(FrameType.END).u64(bytes).done();
+}
+
+/** [status] A JSON object. */
+export function encodeInfo(info: Record<string, unknown>): Uint8Array {
+  return new Writer(FrameType.INFO).raw(encoder.encode(JSON.stringify(info))).done();
+}
+
+/** [list] Collects entries into ENTRIES frames: `add` returns a frame when one is full, `rest` what is left. */
+export class EntriesEncoder {
+  #frame: Writer | undefined;
+
+  /** Appends kind u8, size u64, mtime i64, path str. */
+  add(entry: Entry): Uint8Array | undefined {
+    this.#frame ??= new Writer(FrameType.ENTRIES);
+    this.#frame.u8(EntryKind[entry.kind]).u64(entry.size).i64(entry.mtime).str(entry.path);
+    return this.#frame.length > MAX_REQUEST_BYTES - MAX_PATH_BYTES - 32 ? this.rest() : undefined;
+  }
+  rest(): Uint8Array | undefined {
+    const frame = this.#frame?.done();
+    this.#frame = undefined;
+    return frame;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- decoding
+
+/** [frame] Reads one payload's fields in order; every read is checked against the payload's end. */
+class Reader {
+  readonly #bytes: Uint8Array;
+  readonly #view: DataView;
+  #at = 0;
+
+  constructor(payload: Uint8Array) {
+    this.#bytes = payload;
+    this.#view = new DataView(payload.buffer, payload.byteOffset, payload.byteLength);
+  }
+  get atEnd(): boolean {
+    return this.#at === this.#bytes.length;
+  }
+  u8(): number {
+    return this.#view.getUint8(this.#take(1));
+  }
+  u16(): number {
+    return this.#view.getUint16(this.#take(2));
+  }
+  u32(): number {
+    return this.#view.getUint32(this.#take(4));
+  }
+  u64(): number {
+    const value = this.i64();
+    if (value < 0) throw badFrame("a number over 2^53-1");
+    return value;
+  }
+  i64(): number {
+    const at = this.#take(8);
+    const value = this.#view.getInt32(at) * TWO_32 + this.#view.getUint32(at + 4);
+    if (!Number.isSafeInteger(value)) throw badFrame("a number over 2^53-1");
+    return value;
+  }
+  str(limit = MAX_PATH_BYTES): string {
+    const length = this.u16();
+    if (length > limit) throw badFrame(`a string of ${length} bytes where ${limit} are allowed`);
+    const at = this.#take(length);
+    return decodeText(this.#bytes.subarray(at, at + length));
+  }
+  rest(): Uint8Array {
+    const at = this.#at;
+    this.#at = this.#bytes.length;
+    return this.#bytes.subarray(at);
+  }
+  kind(): EntryKind {
+    const number = this.u8();
+    if (number === EntryKind.file) return "file";
+    if (number === EntryKind.folder) return "folder";
+    throw badFrame(`an entry of kind ${number}`);
+  }
+  end(): void {
+    if (!this.atEnd) throw badFrame("bytes left over in a frame");
+  }
+  #take(count: number): number {
+    const at = this.#at;
+    if (at + count > this.#bytes.length) throw badFrame("a frame that ends early");
+    this.#at += count;
+    return at;
+  }
+}
+
+function badFrame(what: string): RepriseError {
+  return new RepriseError("bad_frame", `not the reprise protocol: ${what}`);
+}
+
+function decodeText(bytes: Uint8Array): string {
+  try {
+    return decoder.decode(bytes);
+  } catch (cause) {
+    throw new RepriseError("bad_frame", "not the reprise protocol: a text that is not UTF-8", cause);
+  }
+}
+
+/** [handshake] Throws `bad_frame` for anything that is not a HELLO; the version is the caller's to judge. */
+export function decodeHello(frame: Frame): Hello {
+  if (frame.type !== FrameType.HELLO) throw badFrame("a connection that does not open with HELLO");
+  const reader = new Reader(frame.payload);
+  if (reader.u32() !== MAGIC) throw badFrame("a HELLO without its magic");
+  const version = reader.u16();
+  // A later version may add fields: only ours is held to its exact layout.
+  if (version !== PROTOCOL_VERSION) return { version, flags: 0, token: "" };
+  const hello = { version, flags: reader.u32(), token: reader.str() };
+  reader.end();
+  return hello;
+}
+
+/** [get] [list] [stat] [status] [quit] Throws `bad_frame`. Paths are not checked here: see `splitPath`. */
+export function decodeRequest(frame: Frame): Request {
+  const reader = new Reader(frame.payload);
+  const request = readRequest(frame.type, reader);
+  reader.end();
+  return request;
+}
+
+function readRequest(type: number, reader: Reader): Request {
+  switch (type) {
+    case FrameType.GET:
+      return {
+        action: "get",
+        offset: reader.u64(),
+        length: reader.u64(),
+        etag: reader.str(MAX_ETAG_BYTES),
+        path: reader.str(),
+      };
+    case FrameType.LIST:
+      return { action: "list", recursive: (reader.u8() & 1) === 1, path: reader.str() };
+    case FrameType.STAT:
+      return { action: "stat", path: reader.str() };
+    case FrameType.STATUS:
+      return { action: "status" };
+    case FrameType.QUIT:
+      return { action: "quit" };
+    default:
+      throw badFrame(`a request of type 0x${type.toString(16)}`);
+  }
+}
+
+/** Any frame to the client. Throws `bad_frame`. A `data` answer's content is a view of the payload, not yet checked. */
+export function decodeAnswer(frame: Frame): Answer {
+  const reader = new Reader(frame.payload);
+  const answer = readAnswer(frame.type, reader);
+  reader.end();
+  return answer;
+}
+
+function readAnswer(type: number, reader: Reader): Answer {
+  switch (type) {
+    case FrameType.DATA: {
+      const answer = { type: "data", crc32: reader.u32(), content: reader.rest() } as const;
+      if (answer.content.length === 0) throw badFrame("a DATA frame without content");
+      return answer;
+    }
+    case FrameType.META: {
+      const meta = { type: "meta", kind: reader.kind(), size: reader.u64(), mtime: reader.i64() } as const;
+      return { ...meta, offset: reader.u64(), etag: reader.str(MAX_ETAG_BYTES) };
+    }
+    case FrameType.END:
+      return { type: "end", bytes: reader.u64() };
+    case FrameType.ERROR:
+      return { type: "error", error: readError(reader) };
+    case FrameType.WELCOME:
+      return { type: "welcome", version: reader.u16(), software: reader.str(MAX_TEXT_BYTES) };
+    case FrameType.REDIRECT:
+      return { type: "redirect", port: reader.u16(), host: reader.str(MAX_TEXT_BYTES) };
+    case FrameType.ENTRIES:
+      return { type: "entries", entries: readEntries(reader) };
+    case FrameType.INFO:
+      return { type: "info", info: readInfo(reader) };
+    default:
+      throw badFrame(`an answer of type 0x${type.toString(16)}`);
+  }
+}
+
+function readError(reader: Reader): RepriseError {
+  const number = reader.u16();
+  const text = reader.str(MAX_TEXT_BYTES);
+  const code = number < 100 ? CODE_BY_NUMBER.get(number) : undefined;
+  // A code from a later version: what it says still counts.
+  return code ? new RepriseError(code, text) : new RepriseError("failed", `${text} (unknown error ${number})`);
+}
+
+function readEntries(reader: Reader): Entry[] {
+  const entries: Entry[] = [];
+  while (!reader.atEnd) {
+    entries.push({ kind: reader.kind(), size: reader.u64(), mtime: reader.i64(), path: reader.str() });
+  }
+  return entries;
+}
+
+function readInfo(reader: Reader): Record<string, unknown> {
+  const text = decodeText(reader.rest());
+  try {
+    const info: unknown = JSON.parse(text);
+    if (typeof info === "object" && info !== null && !Array.isArray(info)) return { ...info };
+  } catch (cause) {
+    throw new RepriseError("bad_frame", "not the reprise protocol: an INFO that is not JSON", cause);
+  }
+  throw badFrame("an INFO that is not an object");
+}
+
+// ---------------------------------------------------------------------------------------------------- [frame]
+
+/**
+ * Buffers of one size that are used again. The one given back last is lent first: it is still in the processor's cache,
+ * which is worth a sixth of the throughput against taking turns.
+ */
+export class BufferPool {
+  readonly #bytes: number;
+  readonly #free: ArrayBuffer[] = [];
+  readonly #lent = new Set<ArrayBufferLike>();
+
+  constructor(bytes: number) {
+    this.#bytes = bytes;
+  }
+
+  /** At least `length` bytes, of any content; undefined if that is more than a buffer has. */
+  take(length: number): Uint8Array | undefined {
+    if (length > this.#bytes) return undefined;
+    const buffer = this.#free.pop() ?? new ArrayBuffer(this.#bytes);
+    this.#lent.add(buffer);
+    return new Uint8Array(buffer, 0, length);
+  }
+
+  /** Gives back the buffer behind `view`, which nobody may use from now on. Other memory is left to the collector. */
+  give(view: Uint8Array): void {
+    if (this.#lent.delete(view.buffer)) this.#free.push(view.buffer as ArrayBuffer);
+  }
+}
+
+/**
+ * Cuts a stream of bytes into frames. Bytes come in by `push(chunk)`, or are received straight into `space()` and
+ * announced by `filled(count)`; `next()` gives the frames. One rule: a length is checked before anything is allocated
+ * for it, and after a bad one the decoder stays failed.
+ *
+ * A frame that lies whole in a pushed chunk is a view of it; a split one is put together in a buffer of its own, which
+ * comes from `pool`, if there is one, for large frames (DATA): whoever has taken such a frame may give it back.
+ */
+export class FrameDecoder {
+  readonly #maxLength: number;
+  readonly #pool: BufferPool | undefined;
+  /** What was pushed and not yet taken. */
+  #chunk: Uint8Array = new Uint8Array(0);
+  #at = 0;
+  /** The frame being put together, header included, and as many bytes of slack as its successor's header has. */
+  #partial: Uint8Array = new Uint8Array(2 * HEADER_BYTES);
+  #have = 0;
+  #failure: RepriseError | undefined;
+
+  constructor(options: { maxLength: number; pool?: BufferPool | undefined }) {
+    this.#maxLength = options.maxLength;
+    this.#pool = options.pool;
+  }
+
+  /** Takes a chunk, which must not change afterwards. The one before must have been used up by `next()`. */
+  push(chunk: Uint8Array): void {
+    if (this.#at < this.#chunk.length) throw new Error("push() before next() returned undefined");
+    this.#chunk = chunk;
+    this.#at = 0;
+  }
+
+  /** The next whole frame, or undefined when more bytes are needed. Throws `bad_frame`. */
+  next(): Frame | undefined {
+    if (this.#failure) throw this.#failure;
+    return this.#have > 0 ? this.#nextSplit() : this.#nextWhole();
+  }
+
+  /** Where to receive next. Only valid when `next()` has returned undefined, and until it is called again. */
+  space(): Uint8Array {
+    return this.#partial.subarray(this.#have);
+  }
+
+  /** `count` bytes were received into `space()`. */
+  filled(count: number): void {
+    this.#have += count;
+  }
+
+  /** Whether the stream may end here without having cut a frame. */
+  get atBoundary(): boolean {
+    return this.#have === 0 && this.#at === this.#chunk.length;
+  }
+
+  #nextWhole(): Frame | undefined {
+    const left = this.#chunk.length - this.#at;
+    if (left >= HEADER_BYTES) {
+      const end = this.#at + HEADER_BYTES + this.#lengthAt(this.#chunk, this.#at);
+      if (end <= this.#chunk.length) {
+        const frame = frameOf(this.#chunk.subarray(this.#at, end));
+        this.#at = end;
+        return frame;
+      }
+    }
+    if (left === 0) {
+      // Lets go of the chunk: a decoder at rest pins nothing.
+      this.#chunk = this.#chunk.subarray(0, 0);
+      this.#at = 0;
+      return undefined;
+    }
+    return this.#nextSplit();
+  }
+
+  #nextSplit(): Frame | undefined {
+    this.#take(HEADER_BYTES);
+    if (this.#have < HEADER_BYTES) return undefined;
+    const end = HEADER_BYTES + this.#lengthAt(this.#partial, 0);
+    this.#grow(end);
+    this.#take(end);
+    if (this.#have < end) return undefined;
+    const frame = frameOf(this.#partial.subarray(0, end));
+    this.#carry(end);
+    return frame;
+  }
+
+  /** Copies from the chunk until the partial frame has `target` bytes. */
+  #take(target: number): void {
+    const count = Math.min(target - this.#have, this.#chunk.length - this.#at);
+    if (count <= 0) return;
+    this.#partial.set(this.#chunk.subarray(this.#at, this.#at + count), this.#have);
+    this.#have += count;
+    this.#at += count;
+  }
+
+  #grow(end: number): void {
+    if (this.#partial.length >= end) return;
+    const larger = this.#allocate(end + HEADER_BYTES);
+    larger.set(this.#partial.subarray(0, this.#have));
+    this.#partial = larger;
+  }
+
+  /** Starts the next frame with the bytes of it that `space()` let in behind this one. */
+  #carry(end: number): void {
+    const next = new Uint8Array(2 * HEADER_BYTES);
+    next.set(this.#partial.subarray(end, this.#have));
+    this.#partial = next;
+    this.#have -= end;
+  }
+
+  #allocate(bytes: number): Uint8Array {
+    const large = bytes > this.#maxLength / 4;
+    return (large ? this.#pool?.take(bytes) : undefined) ?? new Uint8Array(bytes);
+  }
+
+  #lengthAt(bytes: Uint8Array, at: number): number {
+    const length = ((bytes[at]! << 24) | (bytes[at + 1]! << 16) | (bytes[at + 2]! << 8) | bytes[at + 3]!) >>> 0;
+    if (length <= this.#maxLength) return length;
+    this.#failure = badFrame(`a frame of ${length} bytes where ${this.#maxLength} are allowed`);
+    this.#chunk = this.#partial = new Uint8Array(0);
+    this.#at = this.#have = 0;
+    throw this.#failure;
+  }
+}
+
+function frameOf(bytes: Uint8Array): Frame {
+  return { type: bytes[4]!, payload: bytes.subarray(HEADER_BYTES) };
+}
+
+// ---------------------------------------------------------------------------------------------------- crc32
+
+/**
+ * The crc32 of A followed by B, from the crc32 of each and the length of B. A crc is a remainder modulo a polynomial
+ * over GF(2), so appending B multiplies A's remainder by x^(8·length). The source of the rule is zlib's crc32_combine.
+ */
+export function crc32Combine(crcA: number, crcB: number, lengthB: number): number {
+  return (multiply(powerOfX(lengthB), crcA) ^ crcB) >>> 0;
+}
+
+/** Polynomials are kept reflected, as crc32 keeps them: the top bit is x^0. */
+const CRC32_POLYNOMIAL = 0xedb88320;
+
+function multiply(a: number, b: number): number {
+  let product = 0;
+  for (let bit = 1 << 31; bit !== 0; bit >>>= 1) {
+    if (a & bit) product ^= b;
+    b = b & 1 ? (b >>> 1) ^ CRC32_POLYNOMIAL : b >>> 1;
+  }
+  return product;
+}
+
+/** x^(8·bytes) by repeated squaring; the last result is kept, because all DATA frames but one are of one length. */
+let lastPower = { bytes: 0, value: 1 << 31 };
+function powerOfX(bytes: number): number {
+  if (lastPower.bytes === bytes) return lastPower.value;
+  let value = 1 << 31;
+  let square = 1 << 23; // x^8
+  for (let rest = bytes; rest > 0; rest = Math.floor(rest / 2)) {
+    if (rest % 2 === 1) value = multiply(square, value);
+    square = multiply(square, square);
+  }
+  lastPower = { bytes, value };
+  return value;
+}

@@ -1,0 +1,370 @@
+/**
+ * Real servers, clients and wires for the tests: processes on free ports and temporary folders, stopped and removed
+ * when they go out of scope.
+ */
+import { closeSync, mkdtempSync, openSync, rmSync, writeFileSync, writeSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import type { Socket, Subprocess } from "bun";
+
+export const HOME = join(import.meta.dir, "..");
+/** How long a condition may take to come true before the test fails: long, since nothing passes by waiting. */
+const PATIENCE_MS = 20_000;
+
+export interface LogLine {
+  event: string;
+  status: string;
+  peer?: string;
+  worker?: number;
+  path?: string;
+  offset?: number;
+  bytes?: number;
+  ms?: number;
+  time?: string;
+}
+
+/** A temporary folder, on tmpfs or disk as the system has it. */
+export function temporaryFolder(parent = tmpdir()): { path: string } & Disposable {
+  const path = mkdtempSync(join(parent, "reprise-"));
+  return { path, [Symbol.dispose]: () => rmSync(path, { recursive: true, force: true }) };
+}
+
+/** Bytes that no two seeds share and no compressor shortens. */
+export function randomBytes(length: number, seed = 1): Uint8Array {
+  const words = new Uint32Array(Math.ceil(length / 4));
+  let state = seed * 2_654_435_761 || 1;
+  for (let index = 0; index < words.length; index++) {
+    state ^= state << 13;
+    state ^= state >>> 17;
+    state ^= state << 5;
+    words[index] = state;
+  }
+  return new Uint8Array(words.buffer, 0, length);
+}
+
+/** A file of any size without its size in memory; returns its sha256. */
+export function writeLargeFile(path: string, length: number, seed = 1): string {
+  const block = randomBytes(1024 * 1024, seed);
+  const hasher = new Bun.CryptoHasher("sha256");
+  const fd = openSync(path, "w");
+  for (let at = 0; at < length; at += block.length) {
+    block[0] = at / block.length;
+    block[1] = at / block.length / 256;
+    const piece = block.subarray(0, Math.min(block.length, length - at));
+    writeSync(fd, piece);
+    hasher.update(piece);
+  }
+  closeSync(fd);
+  return hasher.digest("hex");
+}
+
+export async function sha256(path: string): Promise<string> {
+  const hasher = new Bun.CryptoHasher("sha256");
+  for await (const chunk of Bun.file(path).stream()) hasher.update(chunk);
+  return hasher.digest("hex");
+}
+
+/** Returns when `condition` gives something true, and what it gives. */
+export async function waitFor<T>(what: string, condition: () => T | Promise<T>): Promise<NonNullable<T>> {
+  const end = performance.now() + PATIENCE_MS;
+  while (performance.now() < end) {
+    const result = await condition();
+    if (result) return result;
+    await Bun.sleep(5);
+  }
+  throw new Error(`Never came true: ${what}`);
+}
+
+// ---------------------------------------------------------------------------------------------------- server
+
+export interface Server extends AsyncDisposable {
+  process: Subprocess;
+  port: number;
+  address: string;
+  /** What it logged so far. */
+  log: LogLine[];
+  stderr(): string;
+  /** Process ids of its workers. */
+  workers(): number[];
+  /** Sends the signal and returns the exit status. */
+  stop(signal: NodeJS.Signals): Promise<number>;
+}
+
+export interface ServerOptions {
+  args?: string[];
+  env?: Record<string, string>;
+  port?: number;
+  cwd?: string;
+}
+
+/** Starts the real server on `root` and returns when it listens. */
+export async function startServer(root: string, options: ServerOptions = {}): Promise<Server> {
+  const { args = [], env = {}, port = 0, cwd = HOME } = options;
+  const child = Bun.spawn({
+    cmd: [
+      process.execPath,
+      join(HOME, "server.ts"),
+      root,
+      "--port",
+      String(port),
+      "--workers",
+      "2",
+      "--log",
+      "json",
+      ...args,
+    ],
+    cwd,
+    env: { ...process.env, ...env },
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  const log: LogLine[] = [];
+  let errors = "";
+  const reading = readLines(child.stderr, (line) => {
+    errors += `${line}\n`;
+    if (line.startsWith("{")) log.push(JSON.parse(line));
+  });
+  let first: string | undefined;
+  const listening = readLines(child.stdout, (line) => {
+    first ??= line;
+  });
+  await Promise.race([waitFor("the server listens", () => first), child.exited]);
+  if (first === undefined) {
+    await Promise.all([reading, listening]);
+    throw new Error(`The server did not start: ${errors}`);
+  }
+  const address = first.replace("listening tcp://", "");
+  const stop = async (signal: NodeJS.Signals) => {
+    child.kill(signal);
+    const status = await child.exited;
+    await reading;
+    return status;
+  };
+  return {
+    process: child,
+    port: Number(address.split(":").pop()),
+    address,
+    log,
+    stderr: () => errors,
+    workers: () => childrenOf(child.pid),
+    stop,
+    async [Symbol.asyncDispose]() {
+      const workers = childrenOf(child.pid);
+      if (child.exitCode === null) await stop("SIGINT");
+      await waitFor("all workers are gone", () => workers.every((pid) => !isAlive(pid)));
+    },
+  };
+}
+
+async function readLines(stream: ReadableStream<Uint8Array>, take: (line: string) => void): Promise<void> {
+  const decoder = new TextDecoder();
+  let rest = "";
+  for await (const chunk of stream) {
+    const lines = (rest + decoder.decode(chunk, { stream: true })).split("\n");
+    rest = lines.pop()!;
+    lines.forEach(take);
+  }
+  if (rest !== "") take(rest);
+}
+
+/** Running children of a process, by /proc. A zombie does not count. */
+export function childrenOf(pid: number): number[] {
+  const found: number[] = [];
+  for (const name of new Bun.Glob("[0-9]*").scanSync({ cwd: "/proc", onlyFiles: false })) {
+    const stat = statOf(Number(name));
+    if (stat && stat.parent === pid && stat.state !== "Z") found.push(Number(name));
+  }
+  return found;
+}
+
+export function isAlive(pid: number): boolean {
+  const stat = statOf(pid);
+  return stat !== undefined && stat.state !== "Z";
+}
+
+function statOf(pid: number): { state: string; parent: number } | undefined {
+  const { success, stdout } = Bun.spawnSync(["cat", `/proc/${pid}/stat`], { stderr: "ignore" });
+  const fields = success ? stdout.toString().split(") ").pop()!.split(" ") : [];
+  return fields[0] ? { state: fields[0], parent: Number(fields[1]) } : undefined;
+}
+
+/** Resident memory of a process in bytes. */
+export async function residentBytes(pid: number): Promise<number> {
+  const status = await Bun.file(`/proc/${pid}/status`).text();
+  return Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1]) * 1024;
+}
+
+// ---------------------------------------------------------------------------------------------------- client
+
+export interface ClientRun {
+  status: number;
+  stdout: Uint8Array;
+  /** The same as text. */
+  output: string;
+  errors: string;
+}
+
+export interface ClientOptions {
+  cwd?: string;
+  stdin?: string;
+  env?: Record<string, string>;
+}
+
+/** Starts the real client; `server` goes into REPRISE_SERVER. */
+export function spawnClient(server: string, args: string[], options: ClientOptions = {}) {
+  return Bun.spawn({
+    cmd: [process.execPath, join(HOME, "client.ts"), ...args],
+    cwd: options.cwd ?? HOME,
+    env: { ...process.env, REPRISE_SERVER: server, ...options.env },
+    stdio: [options.stdin === undefined ? "ignore" : new Blob([options.stdin]), "pipe", "pipe"],
+  });
+}
+
+/** Runs the real client to its end. */
+export async function runClient(server: string, args: string[], options: ClientOptions = {}): Promise<ClientRun> {
+  const child = spawnClient(server, args, options);
+  const [stdout, errors, status] = await Promise.all([
+    new Response(child.stdout).bytes(),
+    new Response(child.stderr).text(),
+    child.exited,
+  ]);
+  return { status, stdout, output: new TextDecoder().decode(stdout), errors };
+}
+
+// ---------------------------------------------------------------------------------------------------- wire
+
+/** What a proxy does to the bytes on their way to the client; it sees each piece with the place of its first byte. */
+export interface ProxyOptions {
+  target: number;
+  /** Returns the bytes to pass on, or undefined to cut the connection. */
+  toClient?: (bytes: Uint8Array, offset: number, connection: number) => Uint8Array | undefined;
+}
+
+/** A TCP proxy on a free port that can spoil what the server sends. */
+export function startProxy(options: ProxyOptions): { port: number; address: string; connections: number } & Disposable {
+  interface Side {
+    other: Socket<Side> | undefined;
+    waiting: Uint8Array[];
+    offset: number;
+    number: number;
+    ended: boolean;
+  }
+  const { target, toClient = (bytes) => bytes } = options;
+  const all = new Set<Socket<Side>>();
+  const newSide = (number = 0): Side => ({ other: undefined, waiting: [], offset: 0, number, ended: false });
+  const flush = (socket: Socket<Side>) => {
+    const { data } = socket;
+    while (data.waiting[0]) {
+      const taken = socket.write(data.waiting[0]);
+      if (taken < data.waiting[0].length) {
+        data.waiting[0] = data.waiting[0].subarray(Math.max(0, taken));
+        return data.other?.pause();
+      }
+      data.waiting.shift();
+    }
+    data.other?.resume();
+    if (data.ended) socket.end();
+  };
+  const pass = (socket: Socket<Side>, bytes: Uint8Array) => {
+    const { other } = socket.data;
+    if (!other) return void socket.data.waiting.push(bytes);
+    other.data.waiting.push(bytes);
+    flush(other);
+  };
+  const gone = (socket: Socket<Side>) => {
+    all.delete(socket);
+    const { other } = socket.data;
+    if (!other) return;
+    other.data.ended = true;
+    if (other.data.waiting.length === 0) other.end();
+  };
+  const proxy = { port: 0, address: "", connections: 0 };
+  const listener = Bun.listen<Side>({
+    hostname: "127.0.0.1",
+    port: 0,
+    socket: {
+      open(client) {
+        all.add(client);
+        client.data = newSide(++proxy.connections);
+        Bun.connect<Side>({
+          hostname: "127.0.0.1",
+          port: target,
+          data: newSide(proxy.connections),
+          socket: {
+            open(server) {
+              all.add(server);
+              server.data.other = client;
+              client.data.other = server;
+              const early = client.data.waiting.splice(0);
+              for (const bytes of early) pass(client, bytes);
+            },
+            data(server, bytes) {
+              const { offset, number } = server.data;
+              server.data.offset += bytes.length;
+              const passed = toClient(new Uint8Array(bytes), offset, number);
+              if (passed) return pass(server, passed);
+              server.terminate();
+              client.terminate();
+            },
+            drain: flush,
+            close: gone,
+            error: gone,
+          },
+        }).catch(() => client.terminate());
+      },
+      data: (client, bytes) => pass(client, new Uint8Array(bytes)),
+      drain: flush,
+      close: gone,
+      error: gone,
+    },
+  });
+  proxy.port = listener.port;
+  proxy.address = `127.0.0.1:${listener.port}`;
+  return Object.assign(proxy, {
+    [Symbol.dispose]() {
+      listener.stop(true);
+      for (const socket of all) socket.terminate();
+    },
+  });
+}
+
+/** A raw connection that collects what comes. */
+export async function connectRaw(port: number): Promise<RawConnection> {
+  let closed = false;
+  const chunks: Uint8Array[] = [];
+  const socket = await Bun.connect({
+    hostname: "127.0.0.1",
+    port,
+    socket: {
+      data: (_, bytes) => void chunks.push(new Uint8Array(bytes)),
+      close: () => {
+        closed = true;
+      },
+      error: () => {
+        closed = true;
+      },
+    },
+  });
+  return {
+    socket,
+    received: () => Buffer.concat(chunks),
+    closed: () => closed,
+    [Symbol.dispose]: () => void socket.terminate(),
+  };
+}
+
+export interface RawConnection extends Disposable {
+  socket: Socket;
+  received(): Buffer;
+  closed(): boolean;
+}
+
+/** Files of a tree by name and content, below a new temporary folder. */
+export function makeRoot(files: Record<string, Uint8Array | string>): { path: string } & Disposable {
+  const root = temporaryFolder();
+  for (const [name, content] of Object.entries(files)) {
+    const path = join(root.path, name);
+    Bun.spawnSync(["mkdir", "-p", join(path, "..")]);
+    writeFileSync(path, content);
+  }
+  return root;
+}

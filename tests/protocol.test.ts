@@ -1,0 +1,310 @@
+/** Golden bytes of each frame, and a decoder that meets every cut and every flipped bit. */
+import { describe, expect, test } from "bun:test";
+import { crc32 } from "node:zlib";
+import {
+  type Answer,
+  BufferPool,
+  crc32Combine,
+  decodeAnswer,
+  decodeHello,
+  decodeRequest,
+  EntriesEncoder,
+  ERRORS,
+  encodeDataHeader,
+  encodeEnd,
+  encodeError,
+  encodeHello,
+  encodeInfo,
+  encodeMeta,
+  encodeRedirect,
+  encodeRequest,
+  encodeWelcome,
+  type Frame,
+  FrameDecoder,
+  MAX_ANSWER_BYTES,
+  quote,
+  RepriseError,
+  type Request,
+  splitPath,
+  TO_THE_END,
+} from "../protocol.ts";
+import { randomBytes } from "./fixtures.ts";
+
+const hex = (bytes: Uint8Array) => Buffer.from(bytes).toString("hex");
+const bytesOf = (text: string) => new Uint8Array(Buffer.from(text.replace(/\s/g, ""), "hex"));
+
+function onlyFrame(bytes: Uint8Array): Frame {
+  const decoder = new FrameDecoder({ maxLength: MAX_ANSWER_BYTES });
+  decoder.push(bytes);
+  const frame = decoder.next()!;
+  expect(decoder.next()).toBeUndefined();
+  expect(decoder.atBoundary).toBe(true);
+  return frame;
+}
+
+function data(content: Uint8Array): Uint8Array {
+  return Buffer.concat([encodeDataHeader(content.length, crc32(content)), content]);
+}
+
+function list(...entries: Parameters<EntriesEncoder["add"]>[0][]): Uint8Array {
+  const encoder = new EntriesEncoder();
+  for (const entry of entries) encoder.add(entry);
+  return encoder.rest()!;
+}
+
+describe("golden bytes", () => {
+  test("HELLO", () => {
+    expect(hex(encodeHello({ token: "ab" }))).toBe("0000000e0152505253000100000000" + "00026162");
+    expect(decodeHello(onlyFrame(encodeHello({ token: "ab" })))).toEqual({ version: 1, flags: 0, token: "ab" });
+  });
+
+  const requests: [Request, string][] = [
+    [
+      { action: "get", path: "a/b", offset: 5, length: TO_THE_END, etag: "xy" },
+      "00000019 10 0000000000000005 001fffffffffffff 0002 7879 0003 612f62",
+    ],
+    [{ action: "list", path: "é", recursive: true }, "00000005 11 01 0002 c3a9"],
+    [{ action: "list", path: "", recursive: false }, "00000003 11 00 0000"],
+    [{ action: "stat", path: "f" }, "00000003 12 0001 66"],
+    [{ action: "status" }, "00000000 13"],
+    [{ action: "quit" }, "00000000 1f"],
+  ];
+  test.each(requests)("%o", (request, golden) => {
+    expect(hex(encodeRequest(request))).toBe(hex(bytesOf(golden)));
+    expect(decodeRequest(onlyFrame(bytesOf(golden)))).toEqual(request);
+  });
+
+  const entry = { kind: "folder", size: 0, mtime: -1, path: "d" } as const;
+  const answers: [string, Uint8Array, string, Answer][] = [
+    ["WELCOME", encodeWelcome("r 1"), "00000007 80 0001 0003 722031", { type: "welcome", version: 1, software: "r 1" }],
+    ["REDIRECT", encodeRedirect("h", 2121), "00000005 81 0849 0001 68", { type: "redirect", host: "h", port: 2121 }],
+    [
+      "ERROR",
+      encodeError(new RepriseError("changed", "no")),
+      "00000006 82 0006 0002 6e6f",
+      { type: "error", error: new RepriseError("changed", "no") },
+    ],
+    [
+      "META",
+      encodeMeta({ kind: "file", size: 2 ** 40, mtime: 1_000_001, etag: "e" }, 7),
+      "0000001c 83 01 0000010000000000 00000000000f4241 0000000000000007 0001 65",
+      { type: "meta", kind: "file", size: 2 ** 40, mtime: 1_000_001, offset: 7, etag: "e" },
+    ],
+    [
+      "DATA",
+      data(bytesOf("0102")),
+      "00000006 84 b6cc4292 0102",
+      { type: "data", crc32: 0xb6cc4292, content: bytesOf("0102") },
+    ],
+    ["END", encodeEnd(258), "00000008 85 0000000000000102", { type: "end", bytes: 258 }],
+    [
+      "ENTRIES",
+      list(entry),
+      "00000014 86 02 0000000000000000 ffffffffffffffff 0001 64",
+      { type: "entries", entries: [entry] },
+    ],
+    ["INFO", encodeInfo({ a: 1 }), "00000007 87 7b2261223a317d", { type: "info", info: { a: 1 } }],
+  ];
+  test.each(answers)("%s", (_, encoded, golden, answer) => {
+    expect(hex(encoded)).toBe(hex(bytesOf(golden)));
+    expect(decodeAnswer(onlyFrame(bytesOf(golden)))).toEqual(answer);
+  });
+
+  test("error numbers are each used once", () => {
+    const numbers = Object.values(ERRORS).map((row) => row.number);
+    expect(new Set(numbers).size).toBe(numbers.length);
+  });
+});
+
+describe("FrameDecoder", () => {
+  const content = randomBytes(300, 3);
+  const stream = Buffer.concat([
+    encodeWelcome("reprise"),
+    encodeMeta({ kind: "file", size: 300, mtime: 5, etag: "abc" }),
+    data(content),
+    encodeEnd(300),
+  ]);
+
+  function decodeAll(pieces: Uint8Array[], direct = false): Answer[] {
+    const decoder = new FrameDecoder({ maxLength: 4096, pool: new BufferPool(4096 + 10) });
+    const answers: Answer[] = [];
+    const drain = () => {
+      for (let frame = decoder.next(); frame; frame = decoder.next()) answers.push(decodeAnswer(frame));
+    };
+    for (const piece of pieces) {
+      if (direct) for (let at = 0; at < piece.length; ) at += receive(decoder, piece.subarray(at), drain);
+      else decoder.push(piece);
+      drain();
+    }
+    return answers;
+  }
+
+  /** As the connection does: first ask for what is there, then receive into the space that is left. */
+  function receive(decoder: FrameDecoder, bytes: Uint8Array, drain: () => void): number {
+    drain();
+    const space = decoder.space();
+    const count = Math.min(space.length, bytes.length);
+    space.set(bytes.subarray(0, count));
+    decoder.filled(count);
+    return count;
+  }
+
+  const whole = decodeAll([stream]);
+
+  test("gives the frames (whole stream)", () => {
+    expect(whole.map((answer) => answer.type)).toEqual(["welcome", "meta", "data", "end"]);
+  });
+
+  test("gives the same frames (cut at every byte, pushed or received)", () => {
+    for (let cut = 0; cut <= stream.length; cut++) {
+      const pieces = [stream.subarray(0, cut), stream.subarray(cut)];
+      expect(decodeAll(pieces)).toEqual(whole);
+      expect(decodeAll(pieces, true)).toEqual(whole);
+    }
+  });
+
+  test("gives the same frames (one byte at a time)", () => {
+    const bytes = [...stream].map((byte) => new Uint8Array([byte]));
+    expect(decodeAll(bytes)).toEqual(whole);
+    expect(decodeAll(bytes, true)).toEqual(whole);
+  });
+
+  test("takes a length up to the limit and refuses one more, before anything else has come", () => {
+    const header = (length: number) => Uint8Array.of(length >>> 24, length >>> 16, length >>> 8, length, 0x84);
+    const decoder = new FrameDecoder({ maxLength: 1000 });
+    decoder.push(Buffer.concat([header(1000), new Uint8Array(1000)]));
+    expect(decoder.next()!.payload.length).toBe(1000);
+    for (const length of [1001, 2 ** 31, 2 ** 32 - 1]) {
+      const refusing = new FrameDecoder({ maxLength: 1000 });
+      refusing.push(header(length));
+      expect(() => refusing.next()).toThrow("frame of");
+      expect(() => refusing.next()).toThrow("frame of");
+    }
+  });
+
+  test("a payload from the pool stays as it is until it is given back", () => {
+    const pool = new BufferPool(1100);
+    const decoder = new FrameDecoder({ maxLength: 1090, pool });
+    const first = data(new Uint8Array(1000).fill(1));
+    const second = data(new Uint8Array(1000).fill(2));
+    decoder.push(first.subarray(0, 500));
+    expect(decoder.next()).toBeUndefined();
+    decoder.push(Buffer.concat([first.subarray(500), second.subarray(0, 300)]));
+    const one = decoder.next()!;
+    expect(decoder.next()).toBeUndefined();
+    decoder.push(second.subarray(300));
+    const two = decoder.next()!;
+    expect(new Set(one.payload.subarray(4))).toEqual(new Set([1]));
+    expect(new Set(two.payload.subarray(4))).toEqual(new Set([2]));
+    pool.give(one.payload);
+    expect(pool.take(10)!.buffer).toBe(one.payload.buffer as ArrayBuffer);
+  });
+
+  test("gives all messages or an error, and never a crash (200,000 seeded streams, half with a flipped bit)", () => {
+    const random = seeded(20_261_122);
+    for (let round = 0; round < 200_000; round++) {
+      const bytes = new Uint8Array(stream);
+      const flipped = round % 2 === 1;
+      if (flipped) bytes[random(bytes.length)]! ^= 1 << random(8);
+      const pieces: Uint8Array[] = [];
+      for (let at = 0; at < bytes.length; ) {
+        const size = 1 + random(120);
+        pieces.push(bytes.subarray(at, at + size));
+        at += size;
+      }
+      const answers = decodeOrError(pieces);
+      if (!flipped) expect(answers.length).toBe(whole.length);
+      for (const answer of answers) {
+        if (answer.type === "data" && crc32(answer.content) === answer.crc32) expect(answer.content).toEqual(content);
+      }
+    }
+  });
+
+  function decodeOrError(pieces: Uint8Array[]): Answer[] {
+    try {
+      return decodeAll(pieces);
+    } catch (error) {
+      if (error instanceof RepriseError && error.code === "bad_frame") return [];
+      throw error;
+    }
+  }
+});
+
+/** Numbers below `limit`, the same for the same seed. */
+function seeded(seed: number): (limit: number) => number {
+  let state = seed;
+  return (limit) => {
+    state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0;
+    return Math.floor((state / 2 ** 32) * limit);
+  };
+}
+
+describe("decoding refuses", () => {
+  const refused: [string, string][] = [
+    ["a number over 2^53-1", "00000014 10 0020000000000000 0000000000000001 0000 0000"],
+    ["a negative number", "00000014 10 ffffffffffffffff 0000000000000001 0000 0000"],
+    ["a string that is not UTF-8", "00000004 12 0002 c328"],
+    ["an overlong UTF-8 slash", "00000004 12 0002 c0af"],
+    ["a string longer than its frame", "00000003 12 0005 66"],
+    ["a path over the limit", "00000003 12 1001 66"],
+    ["bytes left over", "00000004 12 0001 66 00"],
+    ["an unknown type", "00000000 2f"],
+    ["an answer as a request", "00000008 85 0000000000000102"],
+  ];
+  test.each(refused)("%s", (_, bytes) => {
+    expect(() => decodeRequest(onlyFrame(bytesOf(bytes)))).toThrow("not the reprise protocol");
+  });
+
+  test("a HELLO without its magic, but not one of another version", () => {
+    expect(() => decodeHello(onlyFrame(bytesOf("00000008 01 52505254 0001 0000")))).toThrow("magic");
+    expect(decodeHello(onlyFrame(bytesOf("00000007 01 52505253 0009 ff"))).version).toBe(9);
+  });
+});
+
+describe("splitPath()", () => {
+  test("accepts every literal name", () => {
+    for (const path of ["a", "a/b", " ", "…", "a\\b", "%2e%2e", "C:x", "-", ".hidden", "..a", "a".repeat(255)]) {
+      expect(splitPath(path)).toEqual(path.split("/"));
+    }
+    expect(splitPath("")).toEqual([]);
+  });
+  const bad = [
+    "..",
+    ".",
+    "../x",
+    "a/../x",
+    "a/./x",
+    "/",
+    "/etc",
+    "//x",
+    "a//b",
+    "a/",
+    "a\0b",
+    "a\nb",
+    "a\rb",
+    "a".repeat(256),
+  ];
+  test.each(bad)("refuses %j", (path) => {
+    expect(() => splitPath(path)).toThrow("not found");
+  });
+  test("refuses a path over 4,096 bytes and takes one of that length", () => {
+    const long = `${"x".repeat(127)}/`.repeat(32);
+    expect(splitPath(long.slice(0, 4095)).length).toBe(32);
+    expect(() => splitPath(`${long}${long}a`)).toThrow("at most");
+  });
+});
+
+test("quote() escapes what a terminal would obey", () => {
+  expect(quote("a\x1b[31m\u202eb\u009b")).toBe('"a\\u001b[31m\\u202eb\\u009b"');
+});
+
+test("crc32Combine() equals the crc32 of the whole (many cuts)", () => {
+  const bytes = randomBytes(5000, 9);
+  for (const cut of [0, 1, 2, 255, 256, 4095, 4999, 5000]) {
+    const [a, b] = [bytes.subarray(0, cut), bytes.subarray(cut)];
+    expect(crc32Combine(crc32(a), crc32(b), b.length)).toBe(crc32(bytes));
+  }
+  expect(crc32Combine(crc32("x"), crc32(new Uint8Array(3 << 20)), 3 << 20)).toBe(
+    crc32(new Uint8Array(3 << 20), crc32("x")),
+  );
+});
