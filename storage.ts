@@ -1,0 +1,400 @@
+/**
+ * A root: the folder whose files a server gives away, and the only way from a name on the wire to a file.
+ *
+ * `Root` is the interface; `openFolder` gives the implementation on a directory. Nothing escapes: a path is checked by
+ * [paths] of protocol.ts and then resolved beneath the root by descriptor, so that no name, link or race leads outside.
+ * Symbolic links are not followed, anywhere beneath the root, and what is neither a file nor a folder is never opened.
+ *
+ * A file is read as one version or not at all: its etag comes from inode, size, mtime and ctime, and is compared again
+ * after each read. A change within the clock tick of the one before would leave no trace in it; so a file that changed
+ * less than `SETTLE_MS` ago is looked at again after that time, before anything is said of it.
+ */
+import {
+  type BigIntStats,
+  closeSync,
+  constants,
+  type Dir,
+  fstatSync,
+  lstatSync,
+  openSync,
+  read as readLater,
+  readSync,
+} from "node:fs";
+import { opendir } from "node:fs/promises";
+import { Errno, libc } from "./libc.ts";
+import { crc32Combine, type Entry, type Meta, quote, RepriseError, splitPath } from "./protocol.ts";
+
+/** Two ticks of the slowest usual kernel clock (100 Hz). */
+const SETTLE_MS = 20;
+/** Checksums are kept for pieces of this size, aligned. */
+const PIECE_BYTES = 256 * 1024;
+/** Checksums that are kept, over all files: 4 bytes for each 256 KiB, so 4 MiB stand for 256 GiB. */
+const MAX_KEPT_SUMS = 1024 * 1024;
+const O_PATH = 0o10000000;
+
+export interface Root {
+  /** Throws `not_found`, `bad_name`, `refused`, as do all of these. */
+  stat(path: string): Promise<Meta>;
+  /** Throws `not_a_file` as well. The caller closes what it gets. */
+  open(path: string): Promise<OpenFile>;
+  /** The entries of a folder as they come, with those of the folders below it if `recursive`. Throws `not_a_folder`. */
+  list(path: string, recursive: boolean): AsyncIterable<Entry>;
+  close(): void;
+}
+
+/** One version of one file. Every method throws `changed` once the file is another, `failed` if it can't be read. */
+export interface OpenFile {
+  readonly meta: Meta;
+  /** A descriptor for sendfile, where there is one. */
+  readonly fd: number | undefined;
+  /** Reads exactly `length` bytes at `offset`. */
+  read(offset: number, length: number): Promise<Uint8Array>;
+  /** The crc32 of these bytes; what it is made of is kept, so that a file in demand is read once. */
+  checksum(offset: number, length: number): Promise<number>;
+  verify(): void;
+  close(): void;
+}
+
+/** Throws `not_found`, `not_a_folder` or `refused`, with the path as it was given. */
+export function openFolder(path: string): Root {
+  try {
+    return new FolderRoot(openSync(path, constants.O_RDONLY | constants.O_DIRECTORY));
+  } catch (error) {
+    const code = errorCode(error);
+    if (code === "ENOENT") throw new RepriseError("not_found", `not found: the root folder ${quote(path)}`, error);
+    if (code === "ENOTDIR") throw new RepriseError("not_a_folder", `not a folder: the root ${quote(path)}`, error);
+    throw new RepriseError("refused", `the root folder ${quote(path)} cannot be opened: ${code}`, error);
+  }
+}
+
+/** Names that the server keeps to itself: its own folder, and files that are not finished. */
+function isHidden(name: string): boolean {
+  return name === ".reprise" || name.endsWith(".part");
+}
+
+// ---------------------------------------------------------------------------------------------------- folder
+
+class FolderRoot implements Root {
+  readonly #fd: number;
+
+  constructor(fd: number) {
+    this.#fd = fd;
+  }
+
+  async stat(path: string): Promise<Meta> {
+    const at = this.#locate(path);
+    try {
+      return metaOf(await settled(at), path);
+    } finally {
+      closeSync(at);
+    }
+  }
+
+  async open(path: string): Promise<OpenFile> {
+    const at = this.#locate(path);
+    try {
+      const meta = metaOf(await settled(at), path);
+      if (meta.kind !== "file") throw new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);
+      return new FolderFile(openForReading(at, path), meta, path);
+    } finally {
+      closeSync(at);
+    }
+  }
+
+  async *list(path: string, recursive: boolean, prefix = ""): AsyncGenerator<Entry> {
+    const at = this.#locate(path);
+    try {
+      if (!fstatSync(at).isDirectory()) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
+      for await (const { name } of await openDirectory(at, path)) {
+        const entry = entryAt(at, name, prefix);
+        if (entry) yield entry;
+        if (recursive && entry?.kind === "folder") {
+          yield* this.list(path === "" ? name : `${path}/${name}`, true, `${entry.path}/`);
+        }
+      }
+    } finally {
+      closeSync(at);
+    }
+  }
+
+  close(): void {
+    closeSync(this.#fd);
+  }
+
+  /** A descriptor that only stands for the place (O_PATH): opening it blocks on nothing and wakes no device. */
+  #locate(path: string): number {
+    const segments = splitPath(path);
+    if (segments.some(isHidden)) throw notFound(path);
+    const fd = locateBeneath(this.#fd, path) ?? walkBeneath(this.#fd, segments);
+    if (fd < 0) throw errorFor(-fd, path);
+    return fd;
+  }
+}
+
+class FolderFile implements OpenFile {
+  readonly fd: number;
+  readonly meta: Meta;
+  readonly #path: string;
+
+  constructor(fd: number, meta: Meta, path: string) {
+    this.fd = fd;
+    this.meta = meta;
+    this.#path = path;
+  }
+
+  async read(offset: number, length: number): Promise<Uint8Array> {
+    const bytes = Buffer.allocUnsafe(length);
+    await this.#fill(bytes, offset);
+    this.verify();
+    return bytes;
+  }
+
+  async checksum(offset: number, length: number): Promise<number> {
+    let sum = 0;
+    for (let at = offset; at < offset + length; ) {
+      const size = Math.min(offset + length - at, PIECE_BYTES - (at % PIECE_BYTES));
+      sum = crc32Combine(sum, await this.#checksumOfPiece(at, size), size);
+      at += size;
+    }
+    this.verify();
+    return sum;
+  }
+
+  async #checksumOfPiece(offset: number, length: number): Promise<number> {
+    const { etag, size } = this.meta;
+    const known = keptSums.get(etag, size, offset, length);
+    if (known !== undefined && this.#isCached(offset + length - 1)) return known;
+    const scratch = takeScratch();
+    try {
+      const content = scratch.subarray(0, length);
+      await this.#fill(content, offset);
+      this.verify();
+      const sum = Bun.hash.crc32(content);
+      keptSums.set(etag, size, offset, length, sum);
+      return sum;
+    } finally {
+      freeScratch.push(scratch);
+    }
+  }
+
+  verify(): void {
+    const stat = fstatSync(this.fd, { bigint: true });
+    if (etagOf(stat) === this.meta.etag) return;
+    // Replaced by a rename, or removed: that touches ctime alone, and what is open stays the version it was.
+    const { size, mtime } = this.meta;
+    const isUnlinked = stat.nlink === 0n && Number(stat.size) === size && Number(stat.mtimeNs / 1000n) === mtime;
+    if (!isUnlinked) throw changed(this.#path);
+  }
+
+  close(): void {
+    closeSync(this.fd);
+  }
+
+  /** From the page cache at once; else by Bun's thread pool, so that a slow disk holds up nobody else. */
+  async #fill(bytes: Uint8Array, offset: number): Promise<void> {
+    for (let have = 0; have < bytes.length; ) {
+      const rest = bytes.subarray(have);
+      const cached = libc()?.readCached(this.fd, rest, offset + have) ?? -1;
+      const count = cached > 0 ? cached : await readAt(this.fd, rest, offset + have, this.#path);
+      if (count === 0) throw changed(this.#path);
+      have += count;
+    }
+  }
+
+  /** A page that left the cache would make sendfile wait for the disk, and with it every other connection. */
+  #isCached(offset: number): boolean {
+    const calls = libc();
+    return calls === null || calls.readCached(this.fd, oneByte, offset) !== -Errno.EAGAIN;
+  }
+}
+
+const oneByte = new Uint8Array(1);
+
+/** Scratch space for reading what is only summed up: one is enough until a disk is slow. */
+const freeScratch: Uint8Array[] = [];
+function takeScratch(): Uint8Array {
+  return freeScratch.pop() ?? new Uint8Array(PIECE_BYTES);
+}
+
+function readAt(fd: number, bytes: Uint8Array, offset: number, path: string): Promise<number> {
+  return new Promise((resolve, reject) => {
+    readLater(fd, bytes, 0, bytes.length, offset, (error, count) => {
+      if (error) reject(new RepriseError("failed", `the server could not read ${quote(path)}`, error));
+      else resolve(count);
+    });
+  });
+}
+
+/** One byte of a file, for the sender of the rest. */
+export function readByte(fd: number, offset: number): Uint8Array {
+  if (readSync(fd, oneByte, 0, 1, offset) !== 1)
+    throw new RepriseError("changed", "changed on the server: it became shorter");
+  return oneByte;
+}
+
+// ---------------------------------------------------------------------------------------------------- names
+
+/** openat2: the kernel resolves beneath the root. Undefined where there is no such call. */
+function locateBeneath(root: number, path: string): number | undefined {
+  const calls = libc();
+  if (!calls || openat2IsMissing) return undefined;
+  for (;;) {
+    const fd = calls.openBeneath(root, path === "" ? "." : path);
+    if (fd === -Errno.ENOSYS || fd === -Errno.EPERM) {
+      openat2IsMissing = true;
+      return undefined;
+    }
+    // EAGAIN: something was renamed meanwhile and the kernel could not be sure.
+    if (fd !== -Errno.EAGAIN && fd !== -Errno.EINTR) return fd;
+  }
+}
+let openat2IsMissing = false;
+
+/** The same, one descriptor for each segment: a link swapped in at any moment is met as a link, and refused. */
+function walkBeneath(root: number, segments: string[]): number {
+  let fd = openSync(beneath(root), O_PATH | constants.O_DIRECTORY);
+  for (const [index, name] of segments.entries()) {
+    const folder = index < segments.length - 1 ? constants.O_DIRECTORY : 0;
+    const parent = fd;
+    try {
+      fd = openSync(`${beneath(parent)}/${name}`, O_PATH | constants.O_NOFOLLOW | folder);
+    } catch (error) {
+      return -errorNumber(error);
+    } finally {
+      closeSync(parent);
+    }
+  }
+  return fd;
+}
+
+function beneath(fd: number): string {
+  return `/proc/self/fd/${fd}`;
+}
+
+function openForReading(fd: number, path: string): number {
+  try {
+    return openSync(beneath(fd), constants.O_RDONLY | constants.O_NONBLOCK);
+  } catch (error) {
+    throw errorFor(errorNumber(error), path);
+  }
+}
+
+async function openDirectory(fd: number, path: string): Promise<Dir> {
+  try {
+    return await opendir(beneath(fd));
+  } catch (error) {
+    throw errorFor(errorNumber(error), path);
+  }
+}
+
+/** Undefined for what is not shown: hidden names, links, devices, and what went away meanwhile. */
+function entryAt(folder: number, name: string, prefix: string): Entry | undefined {
+  if (isHidden(name) || /[\r\n]/.test(name)) return undefined;
+  try {
+    const stat = lstatSync(`${beneath(folder)}/${name}`, { bigint: true });
+    if (!stat.isFile() && !stat.isDirectory()) return undefined;
+    const { kind, size, mtime } = metaOf(stat, name);
+    return { kind, size, mtime, path: prefix + name };
+  } catch (error) {
+    if (error instanceof RepriseError || ["ENOENT", "EACCES"].includes(errorCode(error))) return undefined;
+    throw error;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- versions
+
+/** Looks again after a moment where a change might hide behind the tick of the clock: see the top of this file. */
+async function settled(fd: number): Promise<BigIntStats> {
+  const stat = fstatSync(fd, { bigint: true });
+  const age = Date.now() - Number(stat.ctimeNs / 1_000_000n);
+  if (age < 0 || age >= SETTLE_MS || !stat.isFile()) return stat;
+  await Bun.sleep(SETTLE_MS - age);
+  return fstatSync(fd, { bigint: true });
+}
+
+function metaOf(stat: BigIntStats, path: string): Meta {
+  const mtime = Number(stat.mtimeNs / 1000n);
+  if (stat.isFile()) return { kind: "file", size: Number(stat.size), mtime, etag: etagOf(stat) };
+  if (stat.isDirectory()) return { kind: "folder", size: 0, mtime, etag: "" };
+  const what = stat.isSymbolicLink() ? "a symbolic link" : "neither a file nor a folder";
+  throw new RepriseError("refused", `refused: ${quote(path)} is ${what}`);
+}
+
+/** Hashed, because an inode number is nobody's business. */
+function etagOf(stat: BigIntStats): string {
+  return Bun.hash.xxHash64(`${stat.ino}-${stat.size}-${stat.mtimeNs}-${stat.ctimeNs}`).toString(16).padStart(16, "0");
+}
+
+/** The checksums of pieces by etag. Those kept longest go first; a sum of 0 counts as not known and is found again. */
+class KeptSums {
+  readonly #byEtag = new Map<string, Uint32Array>();
+  #count = 0;
+
+  get(etag: string, size: number, offset: number, length: number): number | undefined {
+    if (!isPiece(size, offset, length)) return undefined;
+    return this.#byEtag.get(etag)?.[offset / PIECE_BYTES] || undefined;
+  }
+
+  set(etag: string, size: number, offset: number, length: number, sum: number): void {
+    const pieces = Math.ceil(size / PIECE_BYTES);
+    if (!isPiece(size, offset, length) || pieces > MAX_KEPT_SUMS) return;
+    const sums = this.#byEtag.get(etag) ?? this.#add(etag, pieces);
+    sums[offset / PIECE_BYTES] = sum;
+  }
+
+  #add(etag: string, pieces: number): Uint32Array {
+    for (const [oldest, sums] of this.#byEtag) {
+      if (this.#count + pieces <= MAX_KEPT_SUMS) break;
+      this.#byEtag.delete(oldest);
+      this.#count -= sums.length;
+    }
+    const sums = new Uint32Array(pieces);
+    this.#byEtag.set(etag, sums);
+    this.#count += pieces;
+    return sums;
+  }
+}
+
+function isPiece(size: number, offset: number, length: number): boolean {
+  return offset % PIECE_BYTES === 0 && length === Math.min(PIECE_BYTES, size - offset);
+}
+
+const keptSums = new KeptSums();
+
+// ---------------------------------------------------------------------------------------------------- errors
+
+function notFound(path: string): RepriseError {
+  return new RepriseError("not_found", `not found: ${quote(path)}`);
+}
+
+function changed(path: string): RepriseError {
+  return new RepriseError("changed", `changed on the server: ${quote(path)}`);
+}
+
+function errorFor(errno: number, path: string): RepriseError {
+  switch (errno) {
+    case Errno.ENOENT:
+    case Errno.ENOTDIR:
+      return notFound(path);
+    case Errno.ELOOP:
+      return new RepriseError("refused", `refused: ${quote(path)} leads over a symbolic link`);
+    case Errno.EXDEV:
+    case Errno.ENAMETOOLONG:
+      return new RepriseError("bad_name", `not found: ${quote(path)}`);
+    case Errno.EACCES:
+      return new RepriseError("refused", `refused: the server may not read ${quote(path)}`);
+    case Errno.EMFILE:
+    case Errno.ENFILE:
+      return new RepriseError("failed", "the server has too many files open");
+    default:
+      return new RepriseError("failed", `the server could not open ${quote(path)}`);
+  }
+}
+
+function errorCode(error: unknown): string {
+  return (error as NodeJS.ErrnoException).code ?? String(error);
+}
+
+function errorNumber(error: unknown): number {
+  return Math.abs((error as NodeJS.ErrnoException).errno ?? Errno.EIO);
+}
