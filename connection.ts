@@ -1,0 +1,418 @@
+/**
+ * A Bun socket as a stream of frames that a program can await in both directions. Server and client both stand on it.
+ *
+ * Reading: `next()` gives one frame at a time; while nobody asks, the socket is paused, so a peer that sends without
+ * being heard costs one chunk. Writing: `send()` collects small frames and writes when they are many or when `next()`
+ * is about to wait, and it returns only when the kernel has taken the bytes, so a peer that does not read costs one
+ * chunk as well. Every wait ends after `timeoutMs` without a byte.
+ *
+ * Two short cuts around the user's memory serve plain TCP where the C library can be had: `sendFile` is sendfile(2),
+ * and the rest of a large frame is received straight into its place.
+ */
+import type { Socket as BunSocket, SocketHandler, TCPSocketListener, TCPSocketListenOptions } from "bun";
+import { Errno, libc } from "./libc.ts";
+import { type BufferPool, type Frame, FrameDecoder, RepriseError } from "./protocol.ts";
+
+/** Small frames are collected up to this many bytes. */
+const MAX_COLLECTED_BYTES = 64 * 1024;
+/** From this many outstanding bytes of one frame on, receiving them directly is worth a system call of its own. */
+const MIN_DIRECT_BYTES = 16 * 1024;
+/** In the middle of a large frame the next bytes are awaited for this long before others get their turn. */
+const DIRECT_WAIT_MS = 1;
+/** Signals, timers and other connections get their turn after this many bytes. */
+const TURN_BYTES = 4 * 1024 * 1024;
+/** How long `finish` waits for the peer to have read everything. */
+const FINISH_MS = 5_000;
+
+/** Bun's sockets have their descriptor, its types do not say so. */
+type Socket<T> = BunSocket<T> & { readonly fd: number };
+
+export interface ConnectionOptions {
+  /** Longest frame to accept, in bytes of payload. */
+  maxLength: number;
+  /** Where the memory for large frames comes from: see FrameDecoder. */
+  pool?: BufferPool;
+  /** Every wait for the peer ends after this long without a byte. */
+  timeoutMs: number;
+}
+
+export class Connection {
+  readonly #socket: Socket<Connection>;
+  readonly #decoder: FrameDecoder;
+  readonly #timeoutMs: number;
+  readonly #readable = new Waiter();
+  readonly #writable = new Waiter();
+  #chunks: Uint8Array[] = [];
+  #collected: Uint8Array[] = [];
+  #collectedBytes = 0;
+  #paused = false;
+  /** No more input comes: an end in order, or `#cut`. */
+  #ended = false;
+  #cut: RepriseError | undefined;
+  /** Nothing can be written any more. */
+  #closed = false;
+  /** Set from our side: overrides everything, also input that has come. */
+  #failure: RepriseError | undefined;
+  /** The last frame was a large one, and the next may be expected to be. */
+  #streaming = false;
+  #turn = 0;
+  /** Bytes that came and went, for logs and for telling progress. */
+  received = 0;
+  sent = 0;
+
+  constructor(socket: BunSocket<Connection>, options: ConnectionOptions) {
+    this.#socket = socket as Socket<Connection>;
+    this.#decoder = new FrameDecoder(options);
+    this.#timeoutMs = options.timeoutMs;
+    socket.data = this;
+  }
+
+  get peer(): string {
+    return this.#socket.remoteAddress;
+  }
+
+  /** The next frame, or undefined when the peer has ended the stream between two frames. Throws `lost`, `bad_frame`. */
+  async next(): Promise<Frame | undefined> {
+    for (;;) {
+      if (this.#failure) throw this.#failure;
+      const frame = this.#decoder.next();
+      if (frame) {
+        this.#streaming = frame.payload.length >= MIN_DIRECT_BYTES;
+        return frame;
+      }
+      const chunk = this.#chunks.shift();
+      if (chunk) this.#decoder.push(chunk);
+      else if (this.#ended) return this.#atEnd();
+      else if (!this.#receive()) await this.#untilReadable();
+      else if (this.#turnIsOver()) await nextTurn();
+    }
+  }
+
+  /** Whether a frame, or a part of one, has come and was not yet taken. */
+  get hasInput(): boolean {
+    return this.#chunks.length > 0 || !this.#decoder.atBoundary;
+  }
+
+  /** Sends bytes, at the latest when `next()` is about to wait. The caller gives them away. */
+  async send(bytes: Uint8Array): Promise<void> {
+    this.#collected.push(bytes);
+    this.#collectedBytes += bytes.length;
+    if (this.#collectedBytes >= MAX_COLLECTED_BYTES) await this.flush();
+  }
+
+  /** Returns when the kernel has taken all that was sent. */
+  async flush(): Promise<void> {
+    if (this.#collectedBytes === 0) return;
+    this.#checkWritable();
+    const bytes = this.#collected.length === 1 ? this.#collected[0]! : Buffer.concat(this.#collected);
+    this.#collected = [];
+    this.#collectedBytes = 0;
+    for (let at = 0; at < bytes.length; ) {
+      const taken = this.#write(at === 0 ? bytes : bytes.subarray(at));
+      at += taken;
+      if (at < bytes.length) await this.#untilWritable();
+    }
+    if (this.#turnIsOver()) await nextTurn();
+  }
+
+  /** Whether `sendFile` works here. */
+  get canSendFile(): boolean {
+    return libc() !== null;
+  }
+
+  /**
+   * Sends `length` bytes of a file from `offset` on, from page cache to socket. A file that ends early leaves the frame
+   * cut: this throws `changed`, or `failed` for a read error, and the connection can only be closed.
+   */
+  async sendFile(file: number, offset: number, length: number, byteAt: (offset: number) => Uint8Array): Promise<void> {
+    await this.flush();
+    const end = offset + length;
+    while (offset < end) {
+      this.#checkWritable();
+      const sent = libc()!.sendfile(this.#socket.fd, file, offset, end - offset);
+      if (sent > 0) {
+        this.sent += sent;
+        this.#turn += sent;
+        offset += sent;
+      } else if (sent === 0) {
+        throw new RepriseError("changed", "changed on the server: the file became shorter");
+      } else if (sent === -Errno.EAGAIN) {
+        // Bun arms `drain` only for a write of its own that was cut short: let it try one byte.
+        const taken = this.#write(byteAt(offset));
+        offset += taken;
+        if (taken === 0) await this.#untilWritable();
+      } else if (sent === -Errno.EIO) {
+        throw new RepriseError("failed", "the server's disk failed while reading");
+      } else if (sent !== -Errno.EINTR) {
+        throw lost("the connection was cut while sending");
+      }
+    }
+    if (this.#turnIsOver()) await nextTurn();
+  }
+
+  /** Makes this and every later wait throw `error`: the peer went, the user gave up, the server stops. */
+  fail(error: RepriseError): void {
+    this.#failure ??= error;
+    this.#readable.wake();
+    this.#writable.wake();
+  }
+
+  /** Ends in order: everything sent arrives, then both sides close. Never throws. */
+  async finish(): Promise<void> {
+    try {
+      this.#failure = undefined;
+      await this.flush();
+      this.#socket.shutdown();
+      const deadline = setTimeout(() => this.fail(lost("the peer did not close")), FINISH_MS);
+      try {
+        while (!this.#ended && !this.#failure) {
+          this.#chunks = [];
+          await this.#untilReadable();
+        }
+      } finally {
+        clearTimeout(deadline);
+      }
+    } catch (error) {
+      // The peer went first, or does not read: nothing more can be said to it.
+      if (!(error instanceof RepriseError)) throw error;
+    }
+    this.close();
+  }
+
+  /** Ends at once; what the peer has not yet read is lost. */
+  close(): void {
+    this.fail(lost("the connection is closed"));
+    this.#ended = true;
+    this.#chunks = [];
+    this.#socket.terminate();
+  }
+
+  #atEnd(): undefined {
+    if (this.#cut) throw this.#cut;
+    if (!this.#decoder.atBoundary) throw lost("the connection was cut in mid-frame");
+    return undefined;
+  }
+
+  async #untilReadable(): Promise<void> {
+    await this.flush();
+    if (this.#chunks.length > 0 || this.#ended) return;
+    if (this.#paused) {
+      this.#paused = false;
+      this.#socket.resume();
+    }
+    await this.#readable.wait(this.#timeoutMs);
+  }
+
+  async #untilWritable(): Promise<void> {
+    this.#checkWritable();
+    await this.#writable.wait(this.#timeoutMs);
+    this.#checkWritable();
+  }
+
+  #checkWritable(): void {
+    if (this.#failure) throw this.#failure;
+    if (this.#closed) throw this.#cut ?? lost("the connection is closed");
+  }
+
+  #pause(): void {
+    if (this.#paused) return;
+    this.#paused = true;
+    this.#socket.pause();
+  }
+
+  #write(bytes: Uint8Array): number {
+    const taken = this.#socket.write(bytes);
+    if (taken < 0) throw lost("the connection was cut while sending");
+    this.sent += taken;
+    this.#turn += taken;
+    return taken;
+  }
+
+  /** Takes what is due of a large frame from the kernel; false when nothing comes at once, or no such frame is due. */
+  #receive(): boolean {
+    const space = this.#decoder.space();
+    const calls = this.#streaming || space.length >= MIN_DIRECT_BYTES ? libc() : null;
+    if (!calls) return false;
+    const { fd } = this.#socket;
+    let count = calls.receive(fd, space);
+    // Handing the socket back to Bun for such a moment would have it read into new memory each time.
+    if (count === -Errno.EAGAIN && calls.waitReadable(fd, DIRECT_WAIT_MS)) count = calls.receive(fd, space);
+    if (count < 0) return false;
+    // A paused socket is not read behind our back while we take turns.
+    this.#pause();
+    this.#decoder.filled(count);
+    this.#took(count);
+    if (count === 0) this.#ended = true;
+    return true;
+  }
+
+  /** What has come before can still be read; with an `error` the stream then ends in it. */
+  #onClose(error?: Error): void {
+    this.#closed = true;
+    this.#ended = true;
+    if (error) this.#cut ??= lost("the connection was cut", error);
+    this.#readable.wake();
+    this.#writable.wake();
+  }
+
+  #took(count: number): void {
+    this.received += count;
+    this.#turn += count;
+  }
+
+  #turnIsOver(): boolean {
+    if (this.#turn < TURN_BYTES) return false;
+    this.#turn = 0;
+    return true;
+  }
+
+  /** For Bun.listen and Bun.connect: one set of handlers, whose `this` is found in `socket.data`. */
+  static readonly handlers = {
+    data(socket, chunk) {
+      const self = socket.data;
+      self.#took(chunk.length);
+      self.#chunks.push(chunk);
+      if (!self.#readable.wake()) self.#pause();
+    },
+    drain(socket) {
+      if (socket.data) socket.data.#writable.wake();
+    },
+    end(socket) {
+      socket.data.#ended = true;
+      socket.data.#readable.wake();
+    },
+    close(socket, error) {
+      if (socket.data) socket.data.#onClose(error);
+    },
+    error(socket, error) {
+      if (socket.data) socket.data.#onClose(error);
+    },
+  } satisfies SocketHandler<Connection>;
+}
+
+/** Bun.listen on TCP, with the option that its types do not know: several processes may share the port. */
+export function listen<T>(options: TCPSocketListenOptions<T> & { reusePort?: boolean }): TCPSocketListener<T> {
+  return Bun.listen(options);
+}
+
+export interface ConnectOptions extends ConnectionOptions {
+  host: string;
+  port: number;
+  signal?: AbortSignal | undefined;
+}
+
+/** Connects over TCP. Throws `lost`, saying why, within `timeoutMs`; `signal`'s reason if it aborts. */
+export async function connect(options: ConnectOptions): Promise<Connection> {
+  const { host, port, timeoutMs, signal } = options;
+  const where = formatAddress(host, port);
+  signal?.throwIfAborted();
+  const { promise, resolve, reject } = Promise.withResolvers<Connection>();
+  let given = false;
+  const refuse = (error: unknown) => {
+    given = true;
+    reject(error);
+  };
+  const timer = setTimeout(() => refuse(lost(`${where} does not answer for ${timeoutMs / 1000} s`)), timeoutMs);
+  const abort = () => refuse(signal?.reason);
+  signal?.addEventListener("abort", abort, { once: true });
+  Bun.connect<Connection>({
+    hostname: host,
+    port,
+    socket: {
+      ...Connection.handlers,
+      open(socket) {
+        if (given) socket.terminate();
+        else resolve(new Connection(socket, options));
+      },
+    },
+  } as Bun.TCPSocketConnectOptions<Connection>).catch((error) => refuse(lost(`${where}: ${reasonOf(error)}`, error)));
+  try {
+    return await promise;
+  } finally {
+    clearTimeout(timer);
+    signal?.removeEventListener("abort", abort);
+  }
+}
+
+/** `host:port`, with an IPv6 address in brackets. */
+export function formatAddress(host: string, port: number): string {
+  return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+const REASONS: Record<string, string> = {
+  ECONNREFUSED: "nothing listens there",
+  ENOTFOUND: "no such host",
+  EHOSTUNREACH: "no route to that host",
+  ENETUNREACH: "no route to that network",
+  ETIMEDOUT: "no answer",
+  ECONNRESET: "connection cut",
+};
+
+function reasonOf(error: { code?: string; message?: string }): string {
+  return REASONS[error.code ?? ""] ?? error.message ?? String(error);
+}
+
+/** A pause that `signal` ends early, by throwing its reason. */
+export function sleep(ms: number, signal?: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const abort = () => {
+      clearTimeout(timer);
+      reject(signal?.reason);
+    };
+    const timer = setTimeout(() => {
+      signal?.removeEventListener("abort", abort);
+      resolve();
+    }, ms);
+    signal?.addEventListener("abort", abort, { once: true });
+  });
+}
+
+/** Spreads bytes over time, for one direction of one connection. */
+export class Pace {
+  /** Bytes a second. */
+  readonly rate: number;
+  #dueAt = performance.now();
+
+  constructor(rate: number) {
+    this.rate = rate;
+  }
+
+  /** Returns once all bytes taken so far, these included, have had their time. */
+  async take(bytes: number, signal?: AbortSignal): Promise<void> {
+    const now = performance.now();
+    this.#dueAt = Math.max(this.#dueAt, now) + (bytes / this.rate) * 1000;
+    if (this.#dueAt - now >= 1) await sleep(this.#dueAt - now, signal);
+  }
+}
+
+/** At most one party waits; whoever wakes it learns whether somebody did. */
+class Waiter {
+  #resolve: (() => void) | undefined;
+
+  wait(timeoutMs: number): Promise<void> {
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(() => {
+        this.#resolve = undefined;
+        reject(new RepriseError("timeout", `no byte for ${timeoutMs / 1000} s`));
+      }, timeoutMs);
+      this.#resolve = () => {
+        clearTimeout(timer);
+        resolve();
+      };
+    });
+  }
+  wake(): boolean {
+    const resolve = this.#resolve;
+    this.#resolve = undefined;
+    resolve?.();
+    return resolve !== undefined;
+  }
+}
+
+function lost(what: string, cause?: unknown): RepriseError {
+  return new RepriseError("lost", what, cause);
+}
+
+function nextTurn(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve));
+}

@@ -1,0 +1,205 @@
+/**
+ * What only a terminal needs: the progress line and the prompt. Neither knows the network.
+ */
+import { createInterface } from "node:readline";
+import { formatDuration, formatSize, isTerminal, printable, report, setBeforeSaying, usage } from "./command.ts";
+
+/** Redraws of the progress line: at most ten a second. */
+const REDRAW_MS = 100;
+
+// ---------------------------------------------------------------------------------------------------- progress
+
+/** One line on a terminal, redrawn. `name  45 %  12.3 MB  85.2 MB/s  0:03 left`. */
+export class ProgressLine {
+  readonly #name: string;
+  readonly #startedAt = performance.now();
+  #total = 0;
+  #offset = 0;
+  #bytes = 0;
+  #drawnAt = 0;
+  #rate = 0;
+  #rateAt = performance.now();
+  #rateBytes = 0;
+
+  constructor(name: string) {
+    this.#name = printable(name);
+    setBeforeSaying(() => this.clear());
+  }
+
+  /** `offset` of `total` bytes were there already. */
+  begin(offset: number, total: number): void {
+    this.#total = total;
+    this.#offset = this.#bytes = this.#rateBytes = offset;
+  }
+
+  update(bytes: number): void {
+    this.#bytes = bytes;
+    const now = performance.now();
+    if (now - this.#drawnAt < REDRAW_MS) return;
+    this.#drawnAt = now;
+    this.#measure(now);
+    this.#draw(`${formatSize(this.#rate)}/s`, this.#timeLeft());
+  }
+
+  /** Replaces the figures by what is going on, where that takes its time. */
+  doing(what: string): void {
+    this.#draw(what);
+  }
+
+  clear(): void {
+    if (this.#drawnAt > 0) process.stderr.write("\r\x1b[K");
+  }
+
+  /** The line goes; with `summary`, what was done takes its place. */
+  end(summary: boolean): void {
+    this.clear();
+    setBeforeSaying(() => {});
+    if (!summary) return;
+    const seconds = (performance.now() - this.#startedAt) / 1000;
+    const bytes = this.#bytes - this.#offset;
+    const resumed = this.#offset > 0 ? `, resumed at ${formatSize(this.#offset)}` : "";
+    const rate = `${formatSize(bytes / Math.max(seconds, 0.001))}/s`;
+    process.stderr.write(`${this.#name}  ${formatSize(this.#total)} in ${seconds.toFixed(1)} s, ${rate}${resumed}\n`);
+  }
+
+  /** Smoothed over about two seconds. */
+  #measure(now: number): void {
+    const seconds = (now - this.#rateAt) / 1000;
+    const current = (this.#bytes - this.#rateBytes) / Math.max(seconds, 0.001);
+    const weight = this.#rate === 0 ? 1 : Math.min(1, seconds / 2);
+    this.#rate += (current - this.#rate) * weight;
+    this.#rateAt = now;
+    this.#rateBytes = this.#bytes;
+  }
+
+  #timeLeft(): string {
+    if (this.#rate < 1) return "";
+    return `${formatDuration((this.#total - this.#bytes) / this.#rate)} left`;
+  }
+
+  #draw(...figures: string[]): void {
+    const share = this.#total > 0 ? Math.floor((this.#bytes / this.#total) * 100) : 100;
+    const rest = ["", `${share} %`, formatSize(this.#bytes), ...figures].join("  ");
+    const room = Math.max(8, (process.stderr.columns || 80) - Bun.stringWidth(rest) - 1);
+    process.stderr.write(`\r${shorten(this.#name, room)}${rest}\x1b[K`);
+    this.#drawnAt ||= performance.now();
+  }
+}
+
+/** Cut in the middle to at most `width` columns: the end of a name tells more than its middle. */
+function shorten(name: string, width: number): string {
+  if (Bun.stringWidth(name) <= width) return name;
+  const letters = [...name];
+  while (Bun.stringWidth(letters.join("")) > width - 1) letters.splice(Math.floor(letters.length / 2), 1);
+  return letters.toSpliced(Math.floor(letters.length / 2), 0, "…").join("");
+}
+
+// ---------------------------------------------------------------------------------------------------- prompt
+
+export interface Prompt {
+  /** Shown before each line. */
+  prompt(): string;
+  /** Runs one line's words. False ends the prompt. */
+  run(words: string[]): Promise<boolean>;
+  /** Ways in which the last word can go on. */
+  complete(words: string[]): Promise<string[]>;
+  /** Ctrl-C: true when there was something to cancel. */
+  cancel(): boolean;
+}
+
+/**
+ * Reads commands until the end of input. A person gets line editing, history, completion, and goes on after an error;
+ * a script on stdin ends at its first failure, whose error is thrown.
+ */
+export async function readCommands(prompt: Prompt): Promise<void> {
+  const person = isTerminal(0);
+  const completer = (text: string, done: (error: null, result: [string[], string]) => void) => {
+    completeLine(prompt, text).then(
+      (result) => done(null, result),
+      () => done(null, [[], text]),
+    );
+  };
+  const reader = createInterface({
+    input: process.stdin,
+    ...(person ? { output: process.stderr, terminal: true, completer, historySize: 1000 } : {}),
+  });
+  const ask = () => {
+    reader.setPrompt(prompt.prompt());
+    if (person) reader.prompt();
+  };
+  reader.on("SIGINT", () => {
+    if (prompt.cancel()) return;
+    // As in a shell: the line is given up, not the program.
+    process.stderr.write("^C\n");
+    reader.write(null, { ctrl: true, name: "e" });
+    reader.write(null, { ctrl: true, name: "u" });
+    ask();
+  });
+  ask();
+  try {
+    for await (const text of reader) {
+      if (!(await runLine(prompt, text, person))) break;
+      ask();
+    }
+  } finally {
+    reader.close();
+  }
+  if (person) process.stderr.write("\n");
+}
+
+async function runLine(prompt: Prompt, text: string, person: boolean): Promise<boolean> {
+  try {
+    const words = splitWords(text);
+    return words.length === 0 || (await prompt.run(words));
+  } catch (error) {
+    if (!person) throw error;
+    report(error);
+    return true;
+  }
+}
+
+async function completeLine(prompt: Prompt, text: string): Promise<[string[], string]> {
+  const words = splitWords(text, true);
+  const last = words.at(-1) ?? "";
+  const typed = text.slice(startOfLastWord(text));
+  const found = await prompt.complete(words);
+  return [found.filter((name) => name.startsWith(last)).map(escapeWord), typed];
+}
+
+/** Splits a line as a shell does: blanks separate, quotes and backslashes keep. `open` tells an unfinished line. */
+export function splitWords(text: string, open = false): string[] {
+  const words: string[] = [];
+  let word: string | undefined;
+  let quoted = "";
+  for (let at = 0; at < text.length; at++) {
+    const letter = text[at]!;
+    if (letter === "\\" && quoted !== "'" && at + 1 < text.length) word = (word ?? "") + text[++at];
+    else if (quoted !== "" && letter === quoted) quoted = "";
+    else if (quoted === "" && (letter === '"' || letter === "'")) [quoted, word] = [letter, word ?? ""];
+    else if (quoted === "" && /\s/.test(letter)) {
+      if (word !== undefined) words.push(word);
+      word = undefined;
+    } else word = (word ?? "") + letter;
+  }
+  if (quoted !== "" && !open) throw usage(`a quote is not closed: ${quoted}`);
+  if (word !== undefined) words.push(word);
+  else if (open) words.push("");
+  return words;
+}
+
+function startOfLastWord(text: string): number {
+  let start = 0;
+  let quoted = "";
+  for (let at = 0; at < text.length; at++) {
+    const letter = text[at]!;
+    if (letter === "\\") at++;
+    else if (quoted !== "") quoted = letter === quoted ? "" : quoted;
+    else if (letter === '"' || letter === "'") quoted = letter;
+    else if (/\s/.test(letter)) start = at + 1;
+  }
+  return start;
+}
+
+function escapeWord(word: string): string {
+  return word.replace(/[\s\\"']/g, "\\$&");
+}

@@ -1,0 +1,351 @@
+/** The server as processes: workers, signals, limits, backpressure, its log. */
+import { describe, expect, test } from "bun:test";
+import { openSync, readFileSync } from "node:fs";
+import { connect } from "node:net";
+import { join } from "node:path";
+import { Remote } from "../client.ts";
+import { encodeHello, encodeRequest, MAGIC, TO_THE_END } from "../protocol.ts";
+import { StreamTarget } from "../resume.ts";
+import {
+  connectRaw,
+  HOME,
+  isAlive,
+  makeRoot,
+  randomBytes,
+  residentBytes,
+  runClient,
+  type Server,
+  spawnClient,
+  startServer,
+  temporaryFolder,
+  waitFor,
+  writeLargeFile,
+} from "./fixtures.ts";
+
+const getFrame = (path: string) => encodeRequest({ action: "get", path, offset: 0, length: TO_THE_END, etag: "" });
+
+/** Opens connections that ask for a file and read nothing of the answer. */
+async function deafReaders(port: number, count: number, path: string) {
+  const sockets = Array.from({ length: count }, () => connect({ host: "127.0.0.1", port }));
+  for (const socket of sockets) {
+    socket.on("error", () => {});
+    socket.pause();
+    socket.write(Buffer.concat([encodeHello(), getFrame(path)]));
+  }
+  await Promise.all(sockets.map((socket) => new Promise((resolve) => socket.once("connect", resolve))));
+  return { sockets, [Symbol.dispose]: () => sockets.forEach((socket) => void socket.destroy()) };
+}
+
+/** Established connections at the server's port, by /proc/net/tcp. */
+function connectionsTo(port: number): number {
+  const local = `0100007F:${port.toString(16).toUpperCase().padStart(4, "0")}`;
+  const lines = readFileSync("/proc/net/tcp", "utf8").split("\n");
+  return lines.filter((line) => line.includes(` ${local} `) && / 01 /.test(line) && line.indexOf(local) < 20).length;
+}
+
+function remoteOf(server: Server, options = {}): Remote {
+  return new Remote({ servers: [{ host: "127.0.0.1", port: server.port }], ...options });
+}
+
+describe("starting", () => {
+  test("the first line on stdout names the address, and stderr how to open it", async () => {
+    using root = makeRoot({ a: "1" });
+    await using server = await startServer(root.path);
+    expect(server.address).toMatch(/^127\.0\.0\.1:\d+$/);
+    await waitFor("the hint", () => server.stderr().includes("--host 0.0.0.0 opens it"));
+    expect(server.workers().length).toBe(2);
+  });
+
+  test("a taken port is named and gives status 1 (also another reprise's)", async () => {
+    using root = makeRoot({});
+    await using server = await startServer(root.path);
+    const second = Bun.spawn([process.execPath, join(HOME, "server.ts"), root.path, "--port", String(server.port)], {
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    expect(await second.exited).toBe(1);
+    expect(await new Response(second.stderr).text()).toContain(`127.0.0.1:${server.port} is taken`);
+    expect(await new Response(second.stdout).text()).toBe("");
+  });
+
+  const wrong: [string[], number, string][] = [
+    [["--port", "99999"], 2, "--port takes a whole number from 0 to 65535"],
+    [["--port", "abc"], 2, "--port takes a whole number"],
+    [["--port"], 2, "--port needs a value"],
+    [["--workers", "0"], 2, "--workers takes"],
+    [["--limit-rate", "fast"], 2, "--limit-rate takes a size"],
+    [["--prot", "1"], 2, "did you mean --port?"],
+    [["--log", "xml"], 2, "--log takes pretty or json"],
+    [["a", "b"], 2, 'does not take "b"'],
+    [["/nonexistent/root"], 3, "not found: the root folder"],
+    [[join(HOME, "package.json")], 4, "not a folder"],
+    [["--host", "203.0.113.9"], 1, "cannot listen on 203.0.113.9"],
+  ];
+  test.each(wrong)("server.ts %j gives status %d and says why", async (args, status, text) => {
+    const child = Bun.spawn([process.execPath, join(HOME, "server.ts"), ...args], {
+      cwd: HOME,
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    const errors = await new Response(child.stderr).text();
+    expect(errors).toContain(text);
+    expect(errors.trim().split("\n").length).toBe(1);
+    expect(await child.exited).toBe(status);
+  });
+
+  test("--help and --version go to stdout with status 0", async () => {
+    for (const [option, text] of [
+      ["--help", "--idle-timeout"],
+      ["--version", "0."],
+    ] as const) {
+      const child = Bun.spawn([process.execPath, join(HOME, "server.ts"), option], {
+        stdio: ["ignore", "pipe", "pipe"],
+      });
+      expect(await new Response(child.stdout).text()).toContain(text);
+      expect(await child.exited).toBe(0);
+    }
+  });
+});
+
+describe("requests", () => {
+  test("ten on one connection, answered in order, one log line each", async () => {
+    using root = makeRoot({ "0": "zero", "1": "one", "sub/2": "two" });
+    await using server = await startServer(root.path);
+    const raw = await connectRaw(server.port);
+    const requests = ["0", "1", "sub/2", "no", "0", "1", "sub/2", "../x"].map(getFrame);
+    raw.socket.write(Buffer.concat([encodeHello(), ...requests, encodeRequest({ action: "stat", path: "0" })]));
+    raw.socket.write(encodeRequest({ action: "quit" }));
+    await waitFor("the server closes after QUIT", () => raw.closed());
+    await waitFor("ten lines", () => server.log.filter((line) => line.peer).length === 10);
+    expect(server.log.map((line) => `${line.event} ${line.path ?? ""} ${line.bytes} ${line.status}`)).toEqual([
+      "get 0 4 ok",
+      "get 1 3 ok",
+      "get sub/2 3 ok",
+      "get no 0 not_found",
+      "get 0 4 ok",
+      "get 1 3 ok",
+      "get sub/2 3 ok",
+      "get ../x 0 bad_name",
+      "stat 0 0 ok",
+      "quit  0 ok",
+    ]);
+    expect(new Set(server.log.map((line) => line.worker)).size).toBe(1);
+    expect(Object.keys(server.log[0]!)).toEqual("time event peer worker path offset bytes ms status".split(" "));
+  });
+
+  test("an unknown version gets an ERROR that names the one spoken", async () => {
+    using root = makeRoot({});
+    await using server = await startServer(root.path);
+    using raw = await connectRaw(server.port);
+    raw.socket.write(encodeHello({ version: 9 }));
+    await waitFor("closed", () => raw.closed());
+    expect(raw.received().toString()).toContain("version 9 is not spoken here, only 1");
+  });
+
+  const garbage: [string, Uint8Array][] = [
+    ["HTTP", Buffer.from("GET / HTTP/1.1\r\nHost: x\r\n\r\n")],
+    ["TLS", Buffer.from("16030100f8010000f40303", "hex")],
+    ["random bytes", randomBytes(100_000, 5)],
+    ["zeros", new Uint8Array(100)],
+    ["a HELLO without its magic", Buffer.from("0000000c010102030400010000000000000000", "hex")],
+    ["a length of 2^32-1", Buffer.from("ffffffff01", "hex")],
+    ["a request after HELLO that is none", Buffer.concat([encodeHello(), Buffer.from("0000000055", "hex")])],
+  ];
+  test("garbage is closed, with one log line, and harms nobody", async () => {
+    using root = makeRoot({ a: "fine" });
+    await using server = await startServer(root.path);
+    for (const [what, bytes] of garbage) {
+      const before = server.log.length;
+      using raw = await connectRaw(server.port);
+      raw.socket.write(bytes);
+      await waitFor(`${what} is closed`, () => raw.closed());
+      await waitFor(`${what} is logged`, () => server.log.length > before);
+      expect(server.log.slice(before).map((line) => `${line.event} ${line.status}`)).toEqual(["close bad_frame"]);
+    }
+    expect((await runClient(server.address, ["cat", "a"])).output).toBe("fine");
+    expect(MAGIC).toBe(0x52505253);
+  });
+});
+
+describe("limits", () => {
+  test("--max-connections: one more is told `busy`, which the client retries until there is room", async () => {
+    using root = makeRoot({ a: "content" });
+    await using server = await startServer(root.path, { args: ["--workers", "1", "--max-connections", "2"] });
+    const first = await connectRaw(server.port);
+    using _second = await connectRaw(server.port);
+    const refused = await runClient(server.address, ["cat", "a", "--retries", "0"]);
+    expect(refused.status).toBe(9);
+    expect(refused.errors).toContain("too many connections");
+    const patient = spawnClient(server.address, ["cat", "a"]);
+    await waitFor("it was turned away", () => server.log.filter((line) => line.status === "busy").length >= 2);
+    first.socket.terminate();
+    expect(await new Response(patient.stdout).text()).toBe("content");
+    expect(await patient.exited).toBe(0);
+  });
+
+  test("--idle-timeout closes who says nothing and who reads nothing, and logs it", async () => {
+    using root = makeRoot({});
+    writeLargeFile(join(root.path, "big"), 64 << 20);
+    await using server = await startServer(root.path, { args: ["--idle-timeout", "0.3"] });
+    using silent = await connectRaw(server.port);
+    using greeted = await connectRaw(server.port);
+    greeted.socket.write(encodeHello());
+    using _deaf = await deafReaders(server.port, 1, "big");
+    await waitFor("all are closed", () => silent.closed() && greeted.closed());
+    await waitFor("the deaf one too", () =>
+      server.log.some((line) => line.event === "get" && line.status === "timeout"),
+    );
+    expect(greeted.received().toString()).toContain("closed for lack of activity");
+  });
+
+  test("--limit-rate holds, per connection, whatever it is", async () => {
+    using root = makeRoot({ a: randomBytes(300_000) });
+    await using server = await startServer(root.path, { args: ["--limit-rate", "200K"] });
+    const started = performance.now();
+    const { stdout } = await runClient(server.address, ["cat", "a"]);
+    expect(stdout.length).toBe(300_000);
+    // Not faster than the limit allows; how much slower is the machine's affair.
+    expect(performance.now() - started).toBeGreaterThan(1000);
+  });
+
+  test("a reader that stops costs a chunk: 200 of them leave others their speed and the worker its memory", async () => {
+    using root = makeRoot({});
+    const digest = writeLargeFile(join(root.path, "big"), 100 << 20);
+    await using server = await startServer(root.path, { args: ["--workers", "1"] });
+    using _deaf = await deafReaders(server.port, 200, "big");
+    using folder = temporaryFolder();
+    const { status } = await runClient(server.address, ["get", "big", "-d", folder.path]);
+    expect(status).toBe(0);
+    expect(new Bun.CryptoHasher("sha256").update(await Bun.file(join(folder.path, "big")).bytes()).digest("hex")).toBe(
+      digest,
+    );
+    expect(await residentBytes(server.workers()[0]!)).toBeLessThan(150e6);
+  });
+});
+
+describe("signals", () => {
+  async function nobodyListens(server: Server): Promise<void> {
+    await waitFor(
+      "nobody listens",
+      async () => (await runClient(server.address, ["ls", "--retries", "0"])).status === 8,
+    );
+  }
+
+  async function withDownloads(server: Server, count: number): Promise<ReturnType<typeof spawnClient>[]> {
+    const clients = Array.from({ length: count }, () =>
+      spawnClient(server.address, ["cat", "big", "--limit-rate", "1M", "--retries", "0"]),
+    );
+    await waitFor("all are served", () => server.log.filter((line) => line.event === "get").length >= count);
+    return clients;
+  }
+
+  test("SIGINT with 20 downloads under way: every socket closed, no process left, status 0", async () => {
+    using root = makeRoot({});
+    writeLargeFile(join(root.path, "big"), 64 << 20);
+    await using server = await startServer(root.path);
+    const workers = server.workers();
+    const clients = await withDownloads(server, 20);
+    expect(await server.stop("SIGINT")).toBe(0);
+    expect(workers.filter(isAlive)).toEqual([]);
+    for (const client of clients) {
+      await new Response(client.stdout).bytes();
+      expect(await client.exited).toBe(8);
+    }
+  });
+
+  test("SIGTERM lets a transfer end, sends idle clients away, accepts nobody, status 0", async () => {
+    using root = makeRoot({ a: randomBytes(2_000_000) });
+    await using server = await startServer(root.path, { args: ["--limit-rate", "2M", "--grace", "20"] });
+    using idle = await connectRaw(server.port);
+    idle.socket.write(encodeHello());
+    const running = spawnClient(server.address, ["cat", "a"]);
+    const reader = running.stdout.getReader();
+    let bytes = (await reader.read()).value?.length ?? 0;
+    const stopped = server.stop("SIGTERM");
+    await waitFor("the idle one is gone", () => idle.closed());
+    expect(idle.received().toString()).toContain("the server is stopping");
+    await waitFor(
+      "nobody listens",
+      async () => (await runClient(server.address, ["ls", "--retries", "0"])).status === 8,
+    );
+    for (let part = await reader.read(); !part.done; part = await reader.read()) bytes += part.value.length;
+    expect(bytes).toBe(2_000_000);
+    expect(await running.exited).toBe(0);
+    expect(await stopped).toBe(0);
+  });
+
+  test("SIGTERM ends what outlives --grace, in words, and a second SIGTERM at once", async () => {
+    using root = makeRoot({});
+    writeLargeFile(join(root.path, "big"), 64 << 20);
+    for (const signals of [["SIGTERM"], ["SIGTERM", "SIGTERM"]] as const) {
+      const grace = signals.length === 1 ? "0.2" : "1000";
+      await using server = await startServer(root.path, { args: ["--limit-rate", "1M", "--grace", grace] });
+      const client = spawnClient(server.address, ["cat", "big", "--retries", "0"]);
+      const reading = new Response(client.stdout).bytes();
+      await waitFor("it is served", () => server.workers().length === 2 && connectionsTo(server.port) > 0);
+      if (signals.length === 2) {
+        server.process.kill("SIGTERM");
+        await nobodyListens(server);
+      }
+      expect(await server.stop("SIGTERM")).toBe(0);
+      await reading;
+      expect([8, 9]).toContain(await client.exited);
+    }
+  });
+
+  test("a worker that is killed is replaced, and the downloads it served go on elsewhere", async () => {
+    using root = makeRoot({ a: randomBytes(3_000_000) });
+    await using server = await startServer(root.path, { args: ["--limit-rate", "3M"] });
+    const client = spawnClient(server.address, ["cat", "a"]);
+    const before = server.workers();
+    const reader = client.stdout.getReader();
+    let bytes = (await reader.read()).value?.length ?? 0;
+    for (const pid of before) process.kill(pid, "SIGKILL");
+    for (let part = await reader.read(); !part.done; part = await reader.read()) bytes += part.value.length;
+    expect(bytes).toBe(3_000_000);
+    expect(await client.exited).toBe(0);
+    const after = await waitFor("two new workers", () =>
+      server.workers().length === 2 ? server.workers() : undefined,
+    );
+    expect(after.filter((pid) => before.includes(pid))).toEqual([]);
+    expect(server.log.filter((line) => line.event === "worker").length).toBe(2);
+  });
+
+  test("workers end with a supervisor that is killed", async () => {
+    using root = makeRoot({});
+    await using server = await startServer(root.path);
+    const workers = server.workers();
+    await server.stop("SIGKILL");
+    await waitFor("the workers are gone", () => workers.every((pid) => !isAlive(pid)));
+    expect(workers.length).toBe(2);
+  });
+});
+
+test("without the C library the server reads and writes, and gives the same bytes", async () => {
+  using root = makeRoot({ "sub/x": "x" });
+  const digest = writeLargeFile(join(root.path, "big"), 20 << 20);
+  await using server = await startServer(root.path, { env: { REPRISE_FFI: "0" } });
+  using folder = temporaryFolder();
+  const { status } = await runClient(server.address, ["get", "big", "sub/x", "-d", folder.path], {
+    env: { REPRISE_FFI: "0" },
+  });
+  expect(status).toBe(0);
+  expect(new Bun.CryptoHasher("sha256").update(await Bun.file(join(folder.path, "big")).bytes()).digest("hex")).toBe(
+    digest,
+  );
+});
+
+test("many clients at once are spread over the workers and all served", async () => {
+  using root = makeRoot({ a: randomBytes(500_000) });
+  await using server = await startServer(root.path);
+  const fd = openSync("/dev/null", "w");
+  const remotes = Array.from({ length: 100 }, () => remoteOf(server));
+  await Promise.all(
+    remotes.map(async (remote) => {
+      const target = new StreamTarget(fd, "null");
+      expect((await remote.download("a", target)).size).toBe(500_000);
+      target.close();
+      remote.close();
+    }),
+  );
+  await waitFor("100 lines", () => server.log.filter((line) => line.event === "get").length === 100);
+  expect(new Set(server.log.map((line) => line.worker)).size).toBe(2);
+});
