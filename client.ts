@@ -14,7 +14,7 @@
  * connection is lost, and follows the server's redirects. A download goes to a `Target`, which remembers how much it
  * holds of which version; after any failure the transfer goes on at the first byte that the target does not hold.
  */
-import { closeSync, constants, openSync, statSync, unlinkSync } from "node:fs";
+import { closeSync, constants, openSync, type Stats, statSync, unlinkSync } from "node:fs";
 import { basename, join } from "node:path";
 import {
   type Args,
@@ -51,6 +51,7 @@ import {
   quote,
   RepriseError,
   type Request,
+  splitPath,
   TO_THE_END,
 } from "./protocol.ts";
 import { asLocal, LOG_SUFFIX, PART_SUFFIX, PartFile, readLog, StreamTarget, type Target } from "./resume.ts";
@@ -218,9 +219,6 @@ export class Remote {
       const answer = await peer.expect("data", "end");
       if (answer.type === "end") return;
       const { content, crc32 } = answer;
-      if (Bun.hash.crc32(content) !== crc32) {
-        throw new RepriseError("checksum", `damaged on the way, between byte ${bytes} and ${bytes + content.length}`);
-      }
       bytes += content.length;
       if (bytes > size) throw unexpected("more content than announced");
       peer.progress = true;
@@ -307,7 +305,7 @@ class Peer {
   readonly #connection: Connection;
   #greeted = false;
   #peeked: Answer | undefined;
-  /** Anything has come since the last call began. */
+  /** An answer has come since the last call began, rather than the end of the connection. */
   answered = false;
   /** Content has come on this connection. */
   progress = false;
@@ -364,11 +362,22 @@ class Peer {
     return this.#read();
   }
 
+  /** A server that has said WELCOME speaks the protocol: what then can't be understood was damaged on the way. */
+  async #next(): Promise<Answer | undefined> {
+    try {
+      const frame = await this.#connection.next();
+      return frame && decodeAnswer(frame);
+    } catch (error) {
+      const damaged = this.#greeted && error instanceof RepriseError && error.code === "bad_frame";
+      throw damaged ? new RepriseError("checksum", undefined, error) : error;
+    }
+  }
+
   async #read(): Promise<Answer> {
-    const frame = await this.#connection.next();
-    if (!frame) throw new RepriseError("lost", "the server closed the connection");
-    const answer = decodeAnswer(frame);
-    this.answered = true;
+    const answer = await this.#next();
+    if (!answer) throw new RepriseError("lost", "the server closed the connection");
+    const isLast = answer.type === "error" && ERRORS[answer.error.code].closes;
+    if (!isLast) this.answered = true;
     if (answer.type === "error") throw answer.error;
     if (answer.type === "redirect") throw new Redirected(answer);
     return answer;
@@ -427,7 +436,7 @@ interface Context {
 const get = command({
   meta: { name: "get", description: "Get files, going on where an earlier attempt was cut" },
   args: {
-    "path…": { type: "positional", required: false, description: "Files on the server" },
+    "path…": { type: "positional", description: "Files on the server" },
     ...common,
     ...destination,
     output: { type: "string", alias: "o", valueHint: "file", description: "Name for the file; - is standard output" },
@@ -437,7 +446,7 @@ const get = command({
     const output = args.output as string | undefined;
     if (output !== undefined && output !== "-" && paths.length > 1)
       throw usage("-o takes one file, use -d for several");
-    const targets = paths.map((path) => ({ path, file: output ?? join(String(args.directory), fileNameOf(path)) }));
+    const targets = paths.map((path) => ({ path, file: output ?? join(String(args.directory), basename(path)) }));
     checkTwins(output === "-" ? [] : targets);
     await forEach(targets, ({ path, file }) => getOne(context, path, file));
   }),
@@ -445,7 +454,7 @@ const get = command({
 
 const cat = command({
   meta: { name: "cat", description: "Write files to standard output, one after the other" },
-  args: { "path…": { type: "positional", required: false, description: "Files on the server" }, ...common },
+  args: { "path…": { type: "positional", description: "Files on the server" }, ...common },
   run: withContext(async (context, args) => {
     await forEach(remotePaths(context, args), (path) => getOne(context, path, "-"));
   }),
@@ -509,7 +518,7 @@ export const main = command({
   args: { ...common, ...destination },
   subCommands: { get, cat, ls, stat, resume, status },
   run: withContext(async (context, args) => {
-    if (isTerminal(0)) await resumeAll(context, String(args.directory), args.server === undefined ? args : undefined);
+    await resumeFirst(context, args);
     await readPrompt(context, args);
   }),
 });
@@ -590,8 +599,10 @@ async function forEach<T>(items: T[], work: (item: T) => Promise<void>): Promise
 }
 
 async function getOne(context: Context, path: string, file: string): Promise<void> {
+  // What the server would refuse makes no file here.
+  splitPath(path);
   if (file === "-") return getStream(context, path, 1, "standard output");
-  const found = statSync(file, { throwIfNoEntry: false });
+  const found = lookAt(file);
   if (found && !found.isFile() && !found.isDirectory()) return getDevice(context, path, file);
   const started = performance.now();
   if (found?.isFile() && (await isComplete(context.remote, path, file))) return;
@@ -608,6 +619,15 @@ async function getOne(context: Context, path: string, file: string): Promise<voi
     throw error;
   } finally {
     part.close();
+  }
+}
+
+/** Undefined for what is not there, or cannot be: making it says why. */
+function lookAt(file: string): Stats | undefined {
+  try {
+    return statSync(file);
+  } catch {
+    return undefined;
   }
 }
 
@@ -673,6 +693,16 @@ function removeStaleLog(file: string): void {
   }
 }
 
+/** What comes before the prompt; a person is shown what fails, a script ends with it. */
+async function resumeFirst(context: Context, args: Args): Promise<void> {
+  try {
+    await resumeAll(context, String(args.directory), args.server === undefined ? args : undefined);
+  } catch (error) {
+    if (!isTerminal(0) || interruption.signal.aborted) throw error;
+    report(error);
+  }
+}
+
 /** Goes on with every download that has a log under `directory`; returns how many there were. */
 async function resumeAll(context: Context, directory: string, args: Args | undefined): Promise<number> {
   const logs: string[] = [];
@@ -702,7 +732,7 @@ async function* listing(remote: Remote, path: string, recursive: boolean): Async
     yield* remote.list(path, recursive);
   } catch (error) {
     if (!(error instanceof RepriseError) || error.code !== "not_a_folder") throw error;
-    yield { ...(await remote.stat(path)), path: fileNameOf(path) };
+    yield { ...(await remote.stat(path)), path: basename(path) };
   }
 }
 
@@ -737,7 +767,6 @@ function sinceMs(started: number): number {
 
 /** The paths that a command names, relative to the prompt's folder. */
 function remotePaths(context: Context, args: Args): string[] {
-  if (args._.length === 0) throw usage("name a file on the server");
   return args._.map((path) => resolveRemote(context.folder, path));
 }
 
@@ -745,13 +774,6 @@ function remotePaths(context: Context, args: Args): string[] {
 function resolveRemote(folder: string, path: string): string {
   if (folder === "") return path.length > 1 && path.endsWith("/") ? path.slice(0, -1) : path === "/" ? "" : path;
   return join("/", folder, path).slice(1).replace(/\/$/, "");
-}
-
-function fileNameOf(path: string): string {
-  const name = basename(path);
-  if (name === "" || name === "." || name === "..")
-    throw new RepriseError("bad_name", `not found: ${quote(path)} names no file`);
-  return name;
 }
 
 function checkTwins(targets: { path: string; file: string }[]): void {

@@ -159,13 +159,15 @@ function shortOptions(flag: string, definitions: ArgsDef): string[] {
   return names;
 }
 
-/** A positional named with a trailing "…" takes any number of words. */
+/** A positional named with a trailing "…" takes any number of words; one that is not required may be left out. */
 function checkPositionals(words: string[], definitions: ArgsDef, command: Command): void {
-  const positionals = Object.keys(definitions).filter((name) => definitions[name]?.type === "positional");
-  const open = positionals.some((name) => name.endsWith("…"));
-  if (open || words.length <= positionals.length) return;
-  const name = (command.meta as { name: string }).name;
-  throw usage(`${name} does not take ${quote(words[positionals.length]!)}`);
+  const positionals = Object.entries(definitions).filter(([, definition]) => definition.type === "positional");
+  const { name } = command.meta as { name: string };
+  const missing = positionals.slice(words.length).find(([, definition]) => definition.required !== false);
+  if (missing) throw usage(`${name} needs ${missing[0].toUpperCase()}`);
+  const open = positionals.some(([positional]) => positional.endsWith("…"));
+  if (!open && words.length > positionals.length)
+    throw usage(`${name} does not take ${quote(words[positionals.length]!)}`);
 }
 
 async function printUsage(command: Command, parent?: Command): Promise<void> {

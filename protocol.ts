@@ -7,14 +7,14 @@
  * ```text
  * [frame]      Every number is big-endian and unsigned unless marked i; numbers over 2^53-1 are refused.
  *
- *               0        4      5
- *              +--------+------+---------------- - - -+
- *              | length | type | payload              |     length = bytes of the payload, without these 5
- *              |   u32  |  u8  | `length` bytes       |
- *              +--------+------+---------------- - - -+
+ *               0        4      5       9
+ *              +--------+------+-------+---------------- - - -+     length = bytes of the payload alone
+ *              | length | type | crc32 | payload              |     crc32  = of length, type and payload, so that
+ *              |   u32  |  u8  |  u32  | `length` bytes       |              no damage on the way goes unseen
+ *              +--------+------+-------+---------------- - - -+
  *
  *              str = u16 byte count, then that many bytes of UTF-8. A receiver refuses a frame that is longer than
- *              [limits] allow, has an unknown type, ends early or has bytes left over.
+ *              [limits] allow, does not have its crc32 or has an unknown type, ends early or has bytes left over.
  *
  * [types]      0x01-0x0f handshake, 0x10-0x3f requests (0x20 PUT, 0x21 REMOVE, 0x22 MOVE, 0x23 MKDIR and 0x30-0x3f,
  *              between servers, are reserved), 0x80-0xbf answers.
@@ -31,7 +31,7 @@
  *              0x81  REDIRECT  to client  port u16, host str
  *              0x82  ERROR     to client  code u16, text str
  *              0x83  META      to client  kind u8, size u64, mtime i64 (microseconds since 1970), offset u64, etag str
- *              0x84  DATA      to client  crc32 u32 of the content, content (1 to 1,048,576 bytes)
+ *              0x84  DATA      to client  content (1 to 1,048,576 bytes)
  *              0x85  END       to client  bytes u64: the content of this answer, in all
  *              0x86  ENTRIES   to client  one or more of: kind u8, size u64, mtime i64, path str
  *              0x87  INFO      to client  a JSON object in UTF-8
@@ -57,7 +57,7 @@
  *
  * [etag]       Names one version of one file; opaque to the client, at most 255 bytes.
  *
- * [limits]     A frame to the server: 65,536 bytes of payload. A frame to the client: 1,048,580. A list frame is closed
+ * [limits]     A frame to the server: 65,536 bytes of payload. A frame to the client: 1,048,576. A list frame is closed
  *              at 65,536. See `MAX_*` below.
  * ```
  */
@@ -66,15 +66,15 @@ export const PROTOCOL_VERSION = 1;
 export const DEFAULT_PORT = 2121;
 /** "RPRS". */
 export const MAGIC = 0x52505253;
-export const HEADER_BYTES = 5;
+/** length u32, type u8, crc32 u32. */
+export const HEADER_BYTES = 9;
 /**
  * Content of one DATA frame. Measured on loopback, 2 GiB, whole client process: 256 KiB 1.04 s, 512 KiB 0.86 s, 1 MiB
  * 0.80 s, because the cost of a frame is the same. A sender uses less on a slow line, where a cut costs what is checked
  * last.
  */
 export const MAX_CONTENT_BYTES = 1024 * 1024;
-/** crc32 and content. */
-export const MAX_ANSWER_BYTES = 4 + MAX_CONTENT_BYTES;
+export const MAX_ANSWER_BYTES = MAX_CONTENT_BYTES;
 export const MAX_REQUEST_BYTES = 64 * 1024;
 export const MAX_PATH_BYTES = 4096;
 export const MAX_SEGMENT_BYTES = 255;
@@ -133,8 +133,8 @@ export const ERRORS = {
   idle: { number: 11, text: "closed for lack of activity", retry: true, closes: true, exit: ExitStatus.lost },
   version: { number: 12, text: "unknown protocol version", retry: false, closes: true, exit: ExitStatus.server },
   bad_frame: { number: 13, text: "not the reprise protocol", retry: false, closes: true, exit: ExitStatus.server },
+  checksum: { number: 14, text: "damaged on the way", retry: true, closes: true, exit: ExitStatus.checksum },
   usage: { number: 100, text: "usage", retry: false, closes: false, exit: ExitStatus.usage },
-  checksum: { number: 101, text: "checksum mismatch", retry: true, closes: true, exit: ExitStatus.checksum },
   local: { number: 102, text: "local file error", retry: false, closes: false, exit: ExitStatus.local },
   lost: { number: 103, text: "connection lost", retry: true, closes: true, exit: ExitStatus.lost },
   interrupted: { number: 104, text: "interrupted", retry: false, closes: true, exit: 130 },
@@ -210,6 +210,8 @@ export type Answer =
 export interface Frame {
   type: number;
   payload: Uint8Array;
+  /** The header's, found to be right. */
+  crc32: number;
 }
 
 // ---------------------------------------------------------------------------------------------------- [paths]
@@ -249,7 +251,17 @@ function utf8Length(text: string): number {
   return Buffer.byteLength(text, "utf8");
 }
 
-/** [frame] Writes one frame's fields in order. The length is filled in by `done`. */
+const LENGTH_BYTES = 4;
+/** Length and type: what a frame's crc32 covers before the payload. */
+const SUMMED_HEAD_BYTES = 5;
+
+/** [frame] The crc32 that belongs into a frame's header. */
+function sumOf(frame: Uint8Array): number {
+  const head = Bun.hash.crc32(frame.subarray(0, SUMMED_HEAD_BYTES));
+  return Bun.hash.crc32(frame.subarray(HEADER_BYTES), head);
+}
+
+/** [frame] Writes one frame's fields in order. Length and crc32 are filled in by `done`. */
 class Writer {
   #bytes = new Uint8Array(256);
   #view = new DataView(this.#bytes.buffer);
@@ -263,15 +275,18 @@ class Writer {
     return this.#end - HEADER_BYTES;
   }
   u8(value: number): this {
-    this.#view.setUint8(this.#take(1), value);
+    const at = this.#take(1);
+    this.#view.setUint8(at, value);
     return this;
   }
   u16(value: number): this {
-    this.#view.setUint16(this.#take(2), value);
+    const at = this.#take(2);
+    this.#view.setUint16(at, value);
     return this;
   }
   u32(value: number): this {
-    this.#view.setUint32(this.#take(4), value);
+    const at = this.#take(4);
+    this.#view.setUint32(at, value);
     return this;
   }
   u64(value: number): this {
@@ -296,9 +311,12 @@ class Writer {
     return this;
   }
   done(): Uint8Array {
+    const frame = this.#bytes.subarray(0, this.#end);
     this.#view.setUint32(0, this.length);
-    return this.#bytes.subarray(0, this.#end);
+    this.#view.setUint32(SUMMED_HEAD_BYTES, sumOf(frame));
+    return frame;
   }
+  /** Makes room. May move everything, so `#bytes` and `#view` are looked at afterwards. */
   #take(count: number): number {
     const at = this.#end;
     this.#end += count;
@@ -361,14 +379,21 @@ export function encodeMeta(meta: Meta, offset = 0): Uint8Array {
   return frame.str(meta.etag, MAX_ETAG_BYTES).done();
 }
 
-/** [get] What goes before `length` bytes of content: the frame's header and crc32 u32. */
-export function encodeDataHeader(length: number, crc32: number): Uint8Array {
-  const bytes = new Uint8Array(HEADER_BYTES + 4);
+/** [get] What goes before `length` bytes of content, whose crc32 is `contentSum`. */
+export function encodeDataHeader(length: number, contentSum: number): Uint8Array {
+  const bytes = new Uint8Array(HEADER_BYTES);
   const view = new DataView(bytes.buffer);
-  view.setUint32(0, 4 + length);
+  view.setUint32(0, length);
   bytes[4] = FrameType.DATA;
-  view.setUint32(HEADER_BYTES, crc32);
+  const head = Bun.hash.crc32(bytes.subarray(0, SUMMED_HEAD_BYTES));
+  view.setUint32(SUMMED_HEAD_BYTES, crc32Combine(head, contentSum, length));
   return bytes;
+}
+
+/** The inverse: the crc32 of the content alone. */
+function contentSumOf({ payload, crc32 }: Frame): number {
+  const without = encodeDataHeader(payload.length, 0);
+  return (crc32 ^ new DataView(without.buffer).getUint32(SUMMED_HEAD_BYTES)) >>> 0;
 }
 
 /** [get] [list] [quit] bytes u64. */
@@ -517,21 +542,22 @@ function readRequest(type: number, reader: Reader): Request {
   }
 }
 
-/** Any frame to the client. Throws `bad_frame`. A `data` answer's content is a view of the payload, not yet checked. */
+/** Any frame to the client. Throws `bad_frame`. A `data` answer's content is the payload itself, not a copy. */
 export function decodeAnswer(frame: Frame): Answer {
+  if (frame.type === FrameType.DATA) return dataOf(frame);
   const reader = new Reader(frame.payload);
   const answer = readAnswer(frame.type, reader);
   reader.end();
   return answer;
 }
 
+function dataOf(frame: Frame): Answer {
+  if (frame.payload.length === 0) throw badFrame("a DATA frame without content");
+  return { type: "data", content: frame.payload, crc32: contentSumOf(frame) };
+}
+
 function readAnswer(type: number, reader: Reader): Answer {
   switch (type) {
-    case FrameType.DATA: {
-      const answer = { type: "data", crc32: reader.u32(), content: reader.rest() } as const;
-      if (answer.content.length === 0) throw badFrame("a DATA frame without content");
-      return answer;
-    }
     case FrameType.META: {
       const meta = { type: "meta", kind: reader.kind(), size: reader.u64(), mtime: reader.i64() } as const;
       return { ...meta, offset: reader.u64(), etag: reader.str(MAX_ETAG_BYTES) };
@@ -611,8 +637,8 @@ export class BufferPool {
 
 /**
  * Cuts a stream of bytes into frames. Bytes come in by `push(chunk)`, or are received straight into `space()` and
- * announced by `filled(count)`; `next()` gives the frames. One rule: a length is checked before anything is allocated
- * for it, and after a bad one the decoder stays failed.
+ * announced by `filled(count)`; `next()` gives the frames, checked. One rule: a length is looked at before anything is
+ * allocated for it, and after a bad frame the decoder stays failed.
  *
  * A frame that lies whole in a pushed chunk is a view of it; a split one is put together in a buffer of its own, which
  * comes from `pool`, if there is one, for large frames (DATA): whoever has taken such a frame may give it back.
@@ -640,7 +666,7 @@ export class FrameDecoder {
     this.#at = 0;
   }
 
-  /** The next whole frame, or undefined when more bytes are needed. Throws `bad_frame`. */
+  /** The next whole frame, or undefined when more bytes are needed. Throws `bad_frame`, or `checksum` for damage. */
   next(): Frame | undefined {
     if (this.#failure) throw this.#failure;
     return this.#have > 0 ? this.#nextSplit() : this.#nextWhole();
@@ -666,7 +692,7 @@ export class FrameDecoder {
     if (left >= HEADER_BYTES) {
       const end = this.#at + HEADER_BYTES + this.#lengthAt(this.#chunk, this.#at);
       if (end <= this.#chunk.length) {
-        const frame = frameOf(this.#chunk.subarray(this.#at, end));
+        const frame = this.#frameOf(this.#chunk.subarray(this.#at, end));
         this.#at = end;
         return frame;
       }
@@ -682,12 +708,13 @@ export class FrameDecoder {
 
   #nextSplit(): Frame | undefined {
     this.#take(HEADER_BYTES);
-    if (this.#have < HEADER_BYTES) return undefined;
+    if (this.#have < LENGTH_BYTES) return undefined;
     const end = HEADER_BYTES + this.#lengthAt(this.#partial, 0);
+    if (this.#have < HEADER_BYTES) return undefined;
     this.#grow(end);
     this.#take(end);
     if (this.#have < end) return undefined;
-    const frame = frameOf(this.#partial.subarray(0, end));
+    const frame = this.#frameOf(this.#partial.subarray(0, end));
     this.#carry(end);
     return frame;
   }
@@ -722,17 +749,27 @@ export class FrameDecoder {
   }
 
   #lengthAt(bytes: Uint8Array, at: number): number {
-    const length = ((bytes[at]! << 24) | (bytes[at + 1]! << 16) | (bytes[at + 2]! << 8) | bytes[at + 3]!) >>> 0;
+    const length = u32At(bytes, at);
     if (length <= this.#maxLength) return length;
-    this.#failure = badFrame(`a frame of ${length} bytes where ${this.#maxLength} are allowed`);
+    throw this.#fail(badFrame(`a frame of ${length} bytes where ${this.#maxLength} are allowed`));
+  }
+
+  #frameOf(bytes: Uint8Array): Frame {
+    const crc32 = u32At(bytes, SUMMED_HEAD_BYTES);
+    if (sumOf(bytes) !== crc32) throw this.#fail(new RepriseError("checksum"));
+    return { type: bytes[4]!, payload: bytes.subarray(HEADER_BYTES), crc32 };
+  }
+
+  #fail(error: RepriseError): RepriseError {
+    this.#failure = error;
     this.#chunk = this.#partial = new Uint8Array(0);
     this.#at = this.#have = 0;
-    throw this.#failure;
+    return error;
   }
 }
 
-function frameOf(bytes: Uint8Array): Frame {
-  return { type: bytes[4]!, payload: bytes.subarray(HEADER_BYTES) };
+function u32At(bytes: Uint8Array, at: number): number {
+  return ((bytes[at]! << 24) | (bytes[at + 1]! << 16) | (bytes[at + 2]! << 8) | bytes[at + 3]!) >>> 0;
 }
 
 // ---------------------------------------------------------------------------------------------------- crc32

@@ -180,8 +180,8 @@ export class PartFile implements Target {
    * Throws `local`: a folder in the way, no permission, or another process that writes it.
    */
   static open(destination: string, path: string, server: string, note: (text: string) => void): PartFile {
-    if (isFolder(destination)) throw local(`${quote(destination)} is a folder; use -d to put files into it`);
     try {
+      if (isFolder(destination)) throw local(`${quote(destination)} is a folder; use -d to put files into it`);
       mkdirSync(dirname(destination), { recursive: true });
       const fd = openLocked(destination + PART_SUFFIX, destination);
       try {
@@ -235,8 +235,15 @@ export class PartFile implements Target {
   }
 
   async settle(): Promise<void> {
-    await this.#queue.settle();
-    if (this.#meta && this.bytes !== this.#savedBytes) this.#save();
+    try {
+      await this.#queue.settle();
+    } catch (error) {
+      // What no log counts is of no use; on a full disk it is the room that the log needs.
+      ftruncateSync(this.#fd, this.bytes);
+      this.#saveIfNew();
+      throw error;
+    }
+    this.#saveIfNew();
   }
 
   reset(): void {
@@ -276,6 +283,10 @@ export class PartFile implements Target {
   #queueFrom(bytes: number, crc32: number): WriteQueue {
     ftruncateSync(this.#fd, bytes);
     return new WriteQueue(this.#fd, this.destination, { seekable: true, bytes, crc32 });
+  }
+
+  #saveIfNew(): void {
+    if (this.#meta && this.bytes !== this.#savedBytes) this.#save();
   }
 
   #save(): void {

@@ -63,12 +63,12 @@ const SHORT_CHUNK_MS = 5;
 const LONG_CHUNK_MS = 100;
 /** At a limited rate, so many chunks a second. */
 const PACED_CHUNKS = 8;
-/** A worker that lived shorter than this died young; after so many in a row the supervisor gives up. */
-const YOUNG_MS = 5_000;
-const MAX_YOUNG_DEATHS = 10;
-/** The wait before a worker is started again: none at first, then this, doubled each time. */
-const FIRST_RESTART_MS = 100;
-const LAST_RESTART_MS = 5_000;
+/** The wait before a worker that lived shorter than this is started again: none at first, then this, doubled each time. */
+const YOUNG_MS = 1_000;
+const FIRST_RESTART_MS = 50;
+const LAST_RESTART_MS = 1_000;
+/** After so many in a row that did not come to listen, the supervisor gives up. */
+const MAX_FAILED_STARTS = 5;
 /** How long a stopping process waits for what it has told to end. */
 const STOP_MS = 800;
 
@@ -159,7 +159,10 @@ class Session {
     try {
       return await this.#connection.next();
     } catch (error) {
-      if (error instanceof RepriseError && error.code === "timeout") throw new RepriseError("idle");
+      if (!(error instanceof RepriseError)) throw error;
+      if (error.code === "timeout") throw new RepriseError("idle");
+      // Before HELLO a wrong checksum only tells that this is another protocol.
+      if (error.code === "checksum" && this.#state === "greeting") throw new RepriseError("bad_frame");
       throw error;
     }
   }
@@ -447,6 +450,7 @@ class Supervisor {
   readonly #done = Promise.withResolvers<number>();
   #stopping = false;
   #youngDeaths = 0;
+  #failedStarts = 0;
 
   constructor(settings: Omit<Settings, "worker">) {
     this.#settings = settings;
@@ -468,15 +472,19 @@ class Supervisor {
   #start(number: number): Promise<boolean> {
     const startedAt = performance.now();
     const { promise, resolve } = Promise.withResolvers<boolean>();
+    let listened = false;
     const child = Bun.spawn({
       cmd: [process.execPath, import.meta.path],
       env: { ...process.env, REPRISE_WORKER: JSON.stringify({ ...this.#settings, worker: number }) },
       stdio: ["ignore", "inherit", "inherit"],
-      ipc: () => resolve(true),
+      ipc: () => {
+        listened = true;
+        resolve(true);
+      },
       onExit: () => {
         resolve(false);
         this.#workers.delete(number);
-        this.#onDeath(number, performance.now() - startedAt);
+        this.#onDeath(number, performance.now() - startedAt, listened);
       },
     });
     this.#workers.set(number, child);
@@ -484,16 +492,16 @@ class Supervisor {
     return promise;
   }
 
-  async #onDeath(number: number, livedMs: number): Promise<void> {
+  async #onDeath(number: number, livedMs: number, listened: boolean): Promise<void> {
     if (this.#stopping) {
       if (this.#workers.size === 0) this.#done.resolve(0);
       return;
     }
-    this.#youngDeaths = livedMs < YOUNG_MS ? this.#youngDeaths + 1 : 0;
-    if (this.#youngDeaths > MAX_YOUNG_DEATHS) return this.#giveUp("workers keep dying");
+    this.#failedStarts = listened ? 0 : this.#failedStarts + 1;
+    if (this.#failedStarts >= MAX_FAILED_STARTS) return this.#giveUp("workers do not come to listen");
     log({ ...this.#settings, worker: number }, { event: "worker", status: "restarted" });
-    if (this.#youngDeaths > 1)
-      await Bun.sleep(Math.min(LAST_RESTART_MS, FIRST_RESTART_MS * 2 ** (this.#youngDeaths - 2)));
+    this.#youngDeaths = livedMs < YOUNG_MS ? this.#youngDeaths + 1 : 0;
+    if (this.#youngDeaths > 1) await Bun.sleep(Math.min(LAST_RESTART_MS, FIRST_RESTART_MS * 2 ** this.#youngDeaths));
     if (!this.#stopping) await this.#start(number);
   }
 

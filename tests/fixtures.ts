@@ -10,6 +10,8 @@ import type { Socket, Subprocess } from "bun";
 export const HOME = join(import.meta.dir, "..");
 /** How long a condition may take to come true before the test fails: long, since nothing passes by waiting. */
 const PATIENCE_MS = 20_000;
+/** For setDefaultTimeout in each file: Bun's own five seconds are for tests without processes. */
+export const TEST_MS = 120_000;
 
 export interface LogLine {
   event: string;

@@ -1,5 +1,4 @@
-/** For `bun test`: brings what bun.lock names to a fresh clone, and gives tests of real processes their time. */
-import { setDefaultTimeout } from "bun:test";
+/** `bun test` in a fresh clone: brings what bun.lock names, once. */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 
@@ -8,5 +7,3 @@ if (!existsSync(join(home, "node_modules", "consola"))) {
   const { exitCode, stderr } = Bun.spawnSync([process.execPath, "install", "--frozen-lockfile"], { cwd: home });
   if (exitCode !== 0) throw new Error(`bun install failed: ${stderr}`);
 }
-
-setDefaultTimeout(120_000);

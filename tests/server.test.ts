@@ -1,5 +1,5 @@
 /** The server as processes: workers, signals, limits, backpressure, its log. */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { openSync, readFileSync } from "node:fs";
 import { connect } from "node:net";
 import { join } from "node:path";
@@ -17,10 +17,13 @@ import {
   type Server,
   spawnClient,
   startServer,
+  TEST_MS,
   temporaryFolder,
   waitFor,
   writeLargeFile,
 } from "./fixtures.ts";
+
+setDefaultTimeout(TEST_MS);
 
 const getFrame = (path: string) => encodeRequest({ action: "get", path, offset: 0, length: TO_THE_END, etag: "" });
 
@@ -145,9 +148,9 @@ describe("requests", () => {
     ["TLS", Buffer.from("16030100f8010000f40303", "hex")],
     ["random bytes", randomBytes(100_000, 5)],
     ["zeros", new Uint8Array(100)],
-    ["a HELLO without its magic", Buffer.from("0000000c010102030400010000000000000000", "hex")],
+    ["a HELLO without its magic", Buffer.from("0000000c01ede9ad00010203040001000000000000", "hex")],
     ["a length of 2^32-1", Buffer.from("ffffffff01", "hex")],
-    ["a request after HELLO that is none", Buffer.concat([encodeHello(), Buffer.from("0000000055", "hex")])],
+    ["a request after HELLO that is none", Buffer.concat([encodeHello(), Buffer.from("0000000055dd235266", "hex")])],
   ];
   test("garbage is closed, with one log line, and harms nobody", async () => {
     using root = makeRoot({ a: "fine" });

@@ -1,5 +1,5 @@
 /** Nothing escapes a root, with openat2 and without, and a file is read as one version or not at all. */
-import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { spawnSync } from "node:child_process";
 import {
   appendFileSync,
@@ -19,7 +19,9 @@ import { crc32 } from "node:zlib";
 import { libc } from "../libc.ts";
 import type { ErrorCode } from "../protocol.ts";
 import { openFolder, type Root } from "../storage.ts";
-import { HOME, randomBytes, temporaryFolder } from "./fixtures.ts";
+import { HOME, randomBytes, TEST_MS, temporaryFolder } from "./fixtures.ts";
+
+setDefaultTimeout(TEST_MS);
 
 const folder = temporaryFolder();
 const path = join(folder.path, "root");
