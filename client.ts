@@ -848,7 +848,7 @@ async function changeFolder(context: Context, words: string[]): Promise<void> {
 
 /** Commands for the first word, names on the server for the others. */
 async function complete(context: Context, words: string[]): Promise<string[]> {
-  if (words.length <= 1) return ["cd", "get", "help", "ls", "quit", "resume", "stat"].map((name) => `${name} `);
+  if (words.length <= 1) return ["cd", "get", "help", "ls", "quit", "resume", "stat"];
   const typed = words.at(-1)!;
   const parent = typed.slice(0, typed.lastIndexOf("/") + 1);
   const names: string[] = [];

@@ -2,7 +2,8 @@
  * What only a terminal needs: the progress line and the prompt. Neither knows the network.
  */
 import { createInterface } from "node:readline";
-import { formatDuration, formatSize, isTerminal, printable, report, setBeforeSaying, usage } from "./command.ts";
+import { formatDuration, formatSize, isTerminal, printable, report, setBeforeSaying } from "./command.ts";
+import { RepriseError } from "./protocol.ts";
 
 /** Redraws of the progress line: at most ten a second. */
 const REDRAW_MS = 100;
@@ -162,8 +163,10 @@ async function completeLine(prompt: Prompt, text: string): Promise<[string[], st
   const words = splitWords(text, true);
   const last = words.at(-1) ?? "";
   const typed = text.slice(startOfLastWord(text));
-  const found = await prompt.complete(words);
-  return [found.filter((name) => name.startsWith(last)).map(escapeWord), typed];
+  const found = (await prompt.complete(words)).filter((name) => name.startsWith(last)).map(escapeWord);
+  // A word that is complete is followed by a space; a folder may go on.
+  const only = found.length === 1 && !found[0]!.endsWith("/") ? [`${found[0]} `] : found;
+  return [only, typed];
 }
 
 /** Splits a line as a shell does: blanks separate, quotes and backslashes keep. `open` tells an unfinished line. */
@@ -181,7 +184,7 @@ export function splitWords(text: string, open = false): string[] {
       word = undefined;
     } else word = (word ?? "") + letter;
   }
-  if (quoted !== "" && !open) throw usage(`a quote is not closed: ${quoted}`);
+  if (quoted !== "" && !open) throw new RepriseError("usage", `a quote is not closed: ${quoted}`);
   if (word !== undefined) words.push(word);
   else if (open) words.push("");
   return words;
