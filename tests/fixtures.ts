@@ -195,6 +195,23 @@ export async function residentBytes(pid: number): Promise<number> {
   return Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1]) * 1024;
 }
 
+/**
+ * The most resident memory that a process had by its end. Not by getrusage: its maximum begins with what the parent had
+ * when it forked.
+ */
+export async function peakResidentBytes(pid: number): Promise<number> {
+  let peak = 0;
+  for (;;) {
+    const status = await Bun.file(`/proc/${pid}/status`)
+      .text()
+      .catch(() => "");
+    const found = /VmHWM:\s+(\d+) kB/.exec(status)?.[1];
+    if (found === undefined) return peak;
+    peak = Number(found) * 1024;
+    await Bun.sleep(2);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------- client
 
 export interface ClientRun {

@@ -14,10 +14,17 @@ import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "no
 import { connect } from "node:net";
 import { cpus } from "node:os";
 import { join } from "node:path";
-import type { Subprocess } from "bun";
 import { formatSize } from "../../command.ts";
 import { encodeHello, encodeRequest, TO_THE_END } from "../../protocol.ts";
-import { HOME, residentBytes, startServer, temporaryFolder, waitFor, writeLargeFile } from "../fixtures.ts";
+import {
+  HOME,
+  peakResidentBytes,
+  residentBytes,
+  startServer,
+  temporaryFolder,
+  waitFor,
+  writeLargeFile,
+} from "../fixtures.ts";
 
 const options = new Map(process.argv.slice(2).map((word, index, all) => [word, all[index + 1] ?? ""]));
 const SIZE = parseSize(options.get("--size") ?? "2G");
@@ -236,9 +243,10 @@ console.log(
 await other?.[Symbol.asyncDispose]();
 
 async function peakMemory(args: string[]): Promise<number> {
-  const child: Subprocess = Bun.spawn([process.execPath, join(HOME, "client.ts"), ...args], {
+  const child = Bun.spawn([process.execPath, join(HOME, "client.ts"), ...args], {
     env: { ...process.env, REPRISE_SERVER: server.address },
   });
+  const peak = await peakResidentBytes(child.pid);
   await child.exited;
-  return child.resourceUsage()!.maxRSS;
+  return peak;
 }
