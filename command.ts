@@ -6,6 +6,7 @@
  * declare is refused, with the nearest thing that it does. `runScript` turns every error into a line on stderr and an
  * exit status.
  */
+import { fstatSync } from "node:fs";
 import type { ArgsDef, CommandDef } from "citty";
 import type { ConsolaInstance } from "consola";
 import { libc } from "./libc.ts";
@@ -205,9 +206,19 @@ function editDistance(a: string, b: string): number {
   return rows[a.length]![b.length]!;
 }
 
-/** node:tty would cost a third of a small download's time to load. */
+/** Asked in this order for the time it takes: node:tty would cost a third of a small download to load. */
 export function isTerminal(fd: number): boolean {
+  if (!isCharacterDevice(fd)) return false;
   return libc()?.isTerminal(fd) ?? (require("node:tty") as typeof import("node:tty")).isatty(fd);
+}
+
+function isCharacterDevice(fd: number): boolean {
+  try {
+    return fstatSync(fd).isCharacterDevice();
+  } catch {
+    // Closed.
+    return false;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------- values

@@ -4,7 +4,7 @@
  * Everything here has a slower or weaker stand-in written with plain Bun, and each caller says which: this file only
  * answers whether the call is there. `REPRISE_FFI=0` in the environment switches all of it off.
  */
-import { dlopen, FFIType, type Pointer, ptr as pointerTo, read } from "bun:ffi";
+import type { Pointer } from "bun:ffi";
 
 export interface Libc {
   /** sendfile(2): bytes sent, or -errno. */
@@ -54,7 +54,7 @@ const RESOLVE_STRICTLY_BENEATH = 0x02 | 0x04 | 0x08;
 
 let loaded: Libc | null | undefined;
 
-/** Loaded at the first call, because that costs 2 ms and many runs of the client need none of it. */
+/** Loaded at the first call, because that costs 2 ms and a small download may need none of it. */
 export function libc(): Libc | null {
   loaded ??= process.env.REPRISE_FFI === "0" || process.platform !== "linux" ? null : load();
   return loaded;
@@ -72,6 +72,7 @@ function load(): Libc | null {
 }
 
 function bind(name: string): Libc {
+  const { dlopen, FFIType, ptr: pointerTo, read } = require("bun:ffi") as typeof import("bun:ffi");
   const { i32, i64_fast: i64, u64, ptr } = FFIType;
   const { symbols: c } = dlopen(name, {
     sendfile: { args: [i32, i32, ptr, u64], returns: i64 },

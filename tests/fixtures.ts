@@ -2,7 +2,7 @@
  * Real servers, clients and wires for the tests: processes on free ports and temporary folders, stopped and removed
  * when they go out of scope.
  */
-import { closeSync, mkdtempSync, openSync, rmSync, writeFileSync, writeSync } from "node:fs";
+import { closeSync, mkdtempSync, openSync, readdirSync, readFileSync, rmSync, writeFileSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Socket, Subprocess } from "bun";
@@ -171,7 +171,7 @@ async function readLines(stream: ReadableStream<Uint8Array>, take: (line: string
 /** Running children of a process, by /proc. A zombie does not count. */
 export function childrenOf(pid: number): number[] {
   const found: number[] = [];
-  for (const name of new Bun.Glob("[0-9]*").scanSync({ cwd: "/proc", onlyFiles: false })) {
+  for (const name of readdirSync("/proc").filter((name) => /^\d+$/.test(name))) {
     const stat = statOf(Number(name));
     if (stat && stat.parent === pid && stat.state !== "Z") found.push(Number(name));
   }
@@ -184,9 +184,13 @@ export function isAlive(pid: number): boolean {
 }
 
 function statOf(pid: number): { state: string; parent: number } | undefined {
-  const { success, stdout } = Bun.spawnSync(["cat", `/proc/${pid}/stat`], { stderr: "ignore" });
-  const fields = success ? stdout.toString().split(") ").pop()!.split(" ") : [];
-  return fields[0] ? { state: fields[0], parent: Number(fields[1]) } : undefined;
+  try {
+    const fields = readFileSync(`/proc/${pid}/stat`, "utf8").split(") ").pop()!.split(" ");
+    return { state: fields[0]!, parent: Number(fields[1]) };
+  } catch {
+    // It has gone.
+    return undefined;
+  }
 }
 
 /** Resident memory of a process in bytes. */
