@@ -268,6 +268,12 @@ export function formatDuration(seconds: number): string {
   return h > 0 ? `${h}:${two(m)}:${two(s)}` : `${m}:${two(s)}`;
 }
 
+/** Microseconds since 1970 as ISO 8601 in UTC, with the microseconds that a Date drops. */
+export function isoTime(mtime: number): string {
+  const micros = ((mtime % 1000) + 1000) % 1000;
+  return new Date(Math.floor(mtime / 1000)).toISOString().replace("Z", `${String(micros).padStart(3, "0")}Z`);
+}
+
 /** A name as it may stand on a terminal: control and bidirectional characters escaped, nothing cut, no quotes. */
 export function printable(name: string): string {
   return quote(name, Number.POSITIVE_INFINITY).slice(1, -1).replaceAll('\\"', '"').replaceAll("\\\\", "\\");

@@ -1,12 +1,42 @@
 /**
- * What only a terminal needs: the progress line and the prompt. Neither knows the network.
+ * What only a terminal needs: listings, the progress line and the prompt. Nothing here knows the network.
  */
 import { createInterface } from "node:readline";
-import { formatDuration, formatSize, isTerminal, printable, report, setBeforeSaying } from "./command.ts";
-import { RepriseError } from "./protocol.ts";
+import { formatDuration, formatSize, isoTime, isTerminal, printable, report, setBeforeSaying } from "./command.ts";
+import { type Entry, RepriseError } from "./protocol.ts";
 
 /** Redraws of the progress line: at most ten a second. */
 const REDRAW_MS = 100;
+
+// ---------------------------------------------------------------------------------------------------- listings
+
+/** A line for each entry, by name; `long` with size and time. */
+export function formatListing(entries: Entry[], long: boolean): string {
+  const sorted = entries.toSorted((a, b) => (a.path < b.path ? -1 : 1));
+  return sorted.map(long ? longLine : shortLine).join("\n");
+}
+
+function shortLine(entry: Entry): string {
+  return printable(entry.path) + (entry.kind === "folder" ? "/" : "");
+}
+
+function longLine(entry: Entry): string {
+  const size = entry.kind === "folder" ? "-" : String(entry.size);
+  return `${size.padStart(14)}  ${isoTime(entry.mtime).slice(0, 19).replace("T", " ")}  ${shortLine(entry)}`;
+}
+
+/** A line for each field, its values in one column. */
+export function formatFields(fields: Record<string, unknown>): string {
+  const width = Math.max(...Object.keys(fields).map((name) => name.length));
+  return Object.entries(fields)
+    .map(([name, value]) => `${name.padEnd(width)}  ${printable(formatValue(value))}`)
+    .join("\n");
+}
+
+function formatValue(value: unknown): string {
+  if (Array.isArray(value)) return value.length === 0 ? "none" : value.map(formatValue).join(", ");
+  return typeof value === "object" ? JSON.stringify(value) : String(value);
+}
 
 // ---------------------------------------------------------------------------------------------------- progress
 

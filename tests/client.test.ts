@@ -64,8 +64,9 @@ describe("get", () => {
   test("sends nothing for a file that is complete, and replaces one that is not the server's", async () => {
     await using it = await setUp();
     expect((await it.run("get", "photo.png")).status).toBe(0);
-    const again = await it.run("get", "photo.png");
+    const again = await it.run("get", "photo.png", "--json");
     expect(again).toMatchObject({ status: 0, errors: "client_root/photo.png is complete already\n" });
+    expect(JSON.parse(again.output)).toMatchObject({ path: "photo.png", size: image.length, offset: image.length });
     expect(it.server.log.filter((line) => line.event === "get").length).toBe(1);
     writeFileSync(join(it.folder, "client_root/photo.png"), "edited here");
     expect((await it.run("get", "photo.png", "-q")).status).toBe(0);
