@@ -130,6 +130,14 @@ describe("get", () => {
   }
 });
 
+test("--limit-rate asks for a stretch at a time, which together are the file", async () => {
+  await using it = await setUp();
+  expect(await it.run("get", "photo.png", "--limit-rate", "400K")).toMatchObject({ status: 0, errors: "" });
+  expect(readFileSync(join(it.folder, "client_root/photo.png")).equals(image)).toBe(true);
+  const stretches = it.server.log.filter((line) => line.event === "get");
+  expect(stretches.map((line) => line.offset)).toEqual([0, 400 * 1024 * 5]);
+});
+
 describe("cat", () => {
   test("writes files one after the other, also to a pipe that is read slowly", async () => {
     await using it = await setUp();
@@ -154,6 +162,16 @@ describe("cat", () => {
       },
     );
     expect([stdout.toString().trim(), stderr.toString(), exitCode]).toEqual(["10", "", 0]);
+  });
+
+  test("ends by SIGINT although nobody reads what it writes", async () => {
+    await using it = await setUp();
+    const child = spawnClient(it.server.address, ["cat", "photo.png"]);
+    await waitFor("it is served", () => it.server.workers().length === 2 && child.stdout);
+    const reader = child.stdout.getReader();
+    await reader.read();
+    child.kill("SIGINT");
+    expect(await child.exited).toBe(130);
   });
 
   test("goes to a file by redirection, from where the shell left off", async () => {
