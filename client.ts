@@ -12,10 +12,11 @@
  *
  * As a library: `Remote`, with a method for each action; importing this file starts nothing.
  */
-import { closeSync, constants, openSync, type Stats, statSync, unlinkSync } from "node:fs";
-import { basename, join } from "node:path";
+import { closeSync, open, type Stats, statSync } from "node:fs";
+import { basename, join, posix } from "node:path";
 import {
   type Args,
+  type Command,
   command,
   formatSize,
   isoTime,
@@ -34,12 +35,14 @@ import {
   usage,
 } from "./command.ts";
 import { version } from "./package.json";
-import { DEFAULT_PORT, type Entry, ERRORS, type Meta, quote, RepriseError, splitPath } from "./protocol.ts";
+import { DEFAULT_PORT, type Entry, ERRORS, type Meta, quote, RepriseError, splitPath, toJson } from "./protocol.ts";
 import { parseServers, Remote } from "./remote.ts";
 import { asLocal, LOG_SUFFIX, PART_SUFFIX, PartFile, readLog, StreamTarget, type Target } from "./resume.ts";
 
 export { parseServers, Remote };
 
+/** How long Tab waits for the server. */
+const COMPLETION_MS = 3_000;
 /** How long an interrupted client may take to save its log before it is ended all the same. */
 const INTERRUPT_MS = 1_000;
 
@@ -73,8 +76,12 @@ const destination = {
 interface Context {
   remote: Remote;
   server: string;
+  /** The server was named by the user, rather than left to the default or a resume log. */
+  isNamed: boolean;
+  /** Another server, with the same options and the same way to interrupt. */
+  connectTo: (server: string) => Remote;
   /** At the prompt: the folder on the server that names are relative to. */
-  folder: string;
+  folder: string | undefined;
   json: boolean;
 }
 
@@ -117,7 +124,7 @@ const ls = command({
     const path = resolveRemote(context.folder, String(args.path ?? ""));
     const recursive = args.recursive === true;
     if (context.json) {
-      for await (const entry of listing(context.remote, path, recursive)) await print(JSON.stringify(jsonEntry(entry)));
+      for await (const entry of listing(context.remote, path, recursive)) await print(toJson(jsonEntry(entry)));
       return;
     }
     const { formatListing } = await import("./terminal.ts");
@@ -133,7 +140,7 @@ const stat = command({
     const path = resolveRemote(context.folder, String(args.path));
     const meta = await context.remote.stat(path);
     const shown = { ...jsonEntry({ ...meta, path }), etag: meta.etag };
-    if (context.json) return print(JSON.stringify(shown));
+    if (context.json) return print(toJson(shown));
     await printFields(shown);
   }),
 });
@@ -142,7 +149,7 @@ const resume = command({
   meta: { name: "resume", description: "Go on with every interrupted transfer" },
   args: { ...common, ...destination },
   run: withContext(async (context, args) => {
-    const found = await resumeAll(context, String(args.directory), args.server === undefined ? args : undefined);
+    const found = await resumeAll(context, String(args.directory));
     if (found === 0) say("info", "nothing to resume");
   }),
 });
@@ -152,12 +159,12 @@ const status = command({
   args: common,
   run: withContext(async (context) => {
     const info = await context.remote.status();
-    if (context.json) return print(JSON.stringify(info));
+    if (context.json) return print(toJson(info));
     await printFields(info);
   }),
 });
 
-export const main = command({
+export const main: Command = command({
   meta: { name: "client.ts", version, description: "reprise client: files, whole, through any interruption" },
   args: { ...common, ...destination },
   subCommands: { get, cat, ls, stat, resume, status },
@@ -173,7 +180,7 @@ export const main = command({
 function withContext(run: (context: Context, args: Args) => Promise<unknown>) {
   return async ({ args, data }: { args: unknown; data?: unknown }): Promise<void> => {
     const options = args as Args;
-    if (data) return runAtPrompt(run, data as Context, options);
+    if (data) return void (await run({ ...(data as Context), json: options.json === true }, options));
     setQuiet(options.quiet === true);
     const context = contextFrom(options, watchSignals());
     try {
@@ -184,25 +191,18 @@ function withContext(run: (context: Context, args: Args) => Promise<unknown>) {
   };
 }
 
-async function runAtPrompt(
-  run: (context: Context, args: Args) => Promise<unknown>,
-  context: Context,
-  args: Args,
-): Promise<void> {
-  if (args.server !== undefined) throw usage("--server belongs on the command line: the prompt has its server");
-  await run({ ...context, json: args.json === true }, args);
-}
-
-function contextFrom(args: Args, signal: AbortSignal, server = serverOf(args)): Context {
-  const remote = new Remote({
-    servers: parseServers(server),
+function contextFrom(args: Args, signal: AbortSignal): Context {
+  const options = {
     timeoutMs: secondsOption(args, "timeout"),
     retries: numberOption(args, "retries", { min: 0, max: 1_000_000 }),
     limitRate: sizeOption(args, "limit-rate"),
     signal,
-    note: (text) => say("warn", text),
-  });
-  return { remote, server, folder: "", json: args.json === true };
+    note: (text: string) => say("warn", text),
+  };
+  const connectTo = (name: string) => new Remote({ ...options, servers: parseServers(name) });
+  const server = serverOf(args);
+  const isNamed = args.server !== undefined;
+  return { remote: connectTo(server), server, isNamed, connectTo, folder: undefined, json: args.json === true };
 }
 
 function serverOf(args: Args): string {
@@ -219,7 +219,7 @@ function watchSignals(): AbortSignal {
     process.on(name, () => {
       const end = () => process.exit(ERRORS[code].exit);
       if (interruption.signal.aborted) end();
-      interruption.abort(new RepriseError(code, `${code}; the same command goes on from here`));
+      interruption.abort(new RepriseError(code));
       setTimeout(end, INTERRUPT_MS).unref();
     });
   }
@@ -259,10 +259,16 @@ async function getOne(context: Context, path: string, file: string): Promise<voi
     await done(meta, offset);
   } catch (error) {
     if (part.bytes === 0) part.discard();
-    throw error;
+    throw isInterruption(error)
+      ? new RepriseError(error.code, `${error.code}; the same command goes on from here`)
+      : error;
   } finally {
     part.close();
   }
+}
+
+function isInterruption(error: unknown): error is RepriseError {
+  return error instanceof RepriseError && (error.code === "interrupted" || error.code === "terminated");
 }
 
 /** `path file size mtime etag offset ms`: contract for `get --json`. */
@@ -270,7 +276,7 @@ async function printGot(context: Context, got: Meta & { path: string; file: stri
   if (!context.json) return;
   const { path, file, size, mtime, etag, offset } = got;
   const ms = Math.round(performance.now() - got.started);
-  await print(JSON.stringify({ path, file, size, mtime: isoTime(mtime), etag, offset, ms }));
+  await print(toJson({ path, file, size, mtime: isoTime(mtime), etag, offset, ms }));
 }
 
 /** Undefined for what is not there, or cannot be: making it says why. */
@@ -283,17 +289,20 @@ function lookAt(file: string): Stats | undefined {
 }
 
 async function getDevice(context: Context, path: string, file: string): Promise<void> {
-  let fd: number;
-  try {
-    fd = openSync(file, constants.O_WRONLY);
-  } catch (error) {
-    throw asLocal(error, file);
-  }
+  const fd = await openForWriting(file);
   try {
     await getStream(context, path, fd, file);
   } finally {
     closeSync(fd);
   }
+}
+
+/** Beside the event loop: a pipe is opened when somebody opens its other end, which may be never. */
+function openForWriting(file: string): Promise<number> {
+  return new Promise((resolve, reject) => {
+    open(file, "w", (error, fd) => (error ? reject(asLocal(error, file)) : resolve(fd)));
+    interruption.signal.addEventListener("abort", () => reject(interruption.signal.reason), { once: true });
+  });
 }
 
 async function getStream(context: Context, path: string, fd: number, name: string): Promise<void> {
@@ -330,24 +339,16 @@ async function ifComplete(remote: Remote, path: string, file: string): Promise<M
   // A time set through a double may be off by one microsecond.
   const sameTime = Math.abs(Number(local.mtimeNs / 1000n) - meta.mtime) <= 1;
   if (meta.kind !== "file" || Number(local.size) !== meta.size || !sameTime) return undefined;
-  // A process that died between its last two steps leaves the log of a file that is there.
-  if (!statSync(file + PART_SUFFIX, { throwIfNoEntry: false })) removeStaleLog(file);
+  // What an earlier download left behind is of no more use.
+  if ([PART_SUFFIX, LOG_SUFFIX].some((suffix) => lookAt(file + suffix))) PartFile.clear(file);
   say("info", `${printable(file)} is complete already`);
   return meta;
-}
-
-function removeStaleLog(file: string): void {
-  try {
-    unlinkSync(file + LOG_SUFFIX);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw asLocal(error, file);
-  }
 }
 
 /** What comes before the prompt; a person is shown what fails, a script ends with it. */
 async function resumeFirst(context: Context, args: Args): Promise<void> {
   try {
-    await resumeAll(context, String(args.directory), args.server === undefined ? args : undefined);
+    await resumeAll(context, String(args.directory));
   } catch (error) {
     if (!isTerminal(0) || interruption.signal.aborted) throw error;
     report(error);
@@ -355,23 +356,28 @@ async function resumeFirst(context: Context, args: Args): Promise<void> {
 }
 
 /** Goes on with every download that has a log under `directory`; returns how many there were. */
-async function resumeAll(context: Context, directory: string, args: Args | undefined): Promise<number> {
+async function resumeAll(context: Context, directory: string): Promise<number> {
   const logs: string[] = [];
-  if (statSync(directory, { throwIfNoEntry: false })?.isDirectory()) {
-    for await (const name of new Bun.Glob(`**/*${LOG_SUFFIX}`).scan({ cwd: directory, dot: true }))
+  if (lookAt(directory)?.isDirectory()) {
+    for await (const name of new Bun.Glob(`**/*${LOG_SUFFIX}`).scan({ cwd: directory, dot: true })) {
       logs.push(join(directory, name));
+    }
   }
   await forEach(logs.sort(), async (name) => {
     const log = readLog(name);
     const file = name.slice(0, -LOG_SUFFIX.length);
     if (log === undefined) return;
     if (typeof log === "string") throw new RepriseError("local", `${log}; get ${quote(file)} again`);
-    say("info", `resuming ${printable(file)} at ${formatSize(log.bytes)} of ${formatSize(log.size)}`);
-    const own = args ? contextFrom(args, interruption.signal, log.server) : undefined;
+    const server = context.isNamed ? context.server : log.server;
+    say(
+      "info",
+      `resuming ${printable(file)} from ${printable(server)} at ${formatSize(log.bytes)} of ${formatSize(log.size)}`,
+    );
+    const remote = context.connectTo(server);
     try {
-      await getOne(own ?? context, log.path, file);
+      await getOne({ ...context, remote, server }, log.path, file);
     } finally {
-      own?.remote.close();
+      remote.close();
     }
   });
   return logs.length;
@@ -403,9 +409,9 @@ function remotePaths(context: Context, args: Args): string[] {
 }
 
 /** At the prompt `..`, `.` and a leading slash mean what they mean in a shell; elsewhere the server sees every word. */
-function resolveRemote(folder: string, path: string): string {
-  if (folder === "") return path.length > 1 && path.endsWith("/") ? path.slice(0, -1) : path === "/" ? "" : path;
-  return join("/", folder, path).slice(1).replace(/\/$/, "");
+function resolveRemote(folder: string | undefined, path: string): string {
+  if (folder !== undefined) return posix.resolve("/", folder, path).slice(1);
+  return path === "/" ? "" : path.length > 1 && path.endsWith("/") ? path.slice(0, -1) : path;
 }
 
 function checkTwins(targets: { path: string; file: string }[]): void {
@@ -426,27 +432,29 @@ stat PATH   what is known of a file
 resume      go on with what was interrupted
 help, quit`;
 
-async function readPrompt(context: Context, args: Args): Promise<void> {
+async function readPrompt(outer: Context, args: Args): Promise<void> {
   const directory = String(args.directory);
-  if (isTerminal(0)) say("info", `connected to ${context.server}; files go to ${directory}/; help lists the commands`);
+  if (isTerminal(0)) say("info", `connected to ${outer.server}; files go to ${directory}/; help lists the commands`);
+  outer.remote.close();
   let line = new AbortController();
   let busy = false;
-  const renew = () => {
-    line = new AbortController();
-    context.remote = contextFrom(args, AbortSignal.any([line.signal, interruption.signal])).remote;
-  };
-  context.remote.close();
-  renew();
+  // Each interruption ends the connection with it, so that the next line has one of its own.
+  const renewed = () => contextFrom(args, AbortSignal.any([line.signal, interruption.signal]));
+  const context = { ...renewed(), folder: "" };
   const { readCommands } = await import("./terminal.ts");
   await readCommands({
     prompt: () => `reprise:/${printable(context.folder)}> `,
-    complete: (words) => complete(context, words),
+    // While a line runs, its answers are on the way; names can wait.
+    complete: async (words) => (busy ? [] : complete(context, words)),
     cancel() {
-      if (busy) line.abort(new RepriseError("interrupted", "interrupted; the same command goes on from here"));
+      if (busy) line.abort(new RepriseError("interrupted"));
       return busy;
     },
     async run(words) {
-      if (line.signal.aborted) renew();
+      if (line.signal.aborted) {
+        line = new AbortController();
+        Object.assign(context, renewed(), { folder: context.folder });
+      }
       busy = true;
       try {
         return await runLine(context, words, directory);
@@ -455,6 +463,23 @@ async function readPrompt(context: Context, args: Args): Promise<void> {
       }
     },
   });
+  context.remote.close();
+}
+
+/** The commands as they are at the prompt, which has its server and its options already. */
+const promptMain = command({
+  ...main,
+  subCommands: Object.fromEntries(
+    Object.entries({ get, cat, ls, stat, resume, status }).map(([name, definition]) => [
+      name,
+      withoutCommon(definition),
+    ]),
+  ),
+});
+
+function withoutCommon(definition: Command): Command {
+  const own = Object.entries(definition.args ?? {}).filter(([name]) => name === "json" || !Object.hasOwn(common, name));
+  return { ...definition, args: Object.fromEntries(own) };
 }
 
 async function runLine(context: Context, words: string[], directory: string): Promise<boolean> {
@@ -465,14 +490,14 @@ async function runLine(context: Context, words: string[], directory: string): Pr
   }
   if (name === "help") await print(PROMPT_HELP);
   else if (name === "cd") await changeFolder(context, rest);
-  else if (name === "get" || name === "resume") await runWords(main, [name, "-d", directory, ...rest], context);
-  else await runWords(main, words, context);
+  else if (name === "get" || name === "resume") await runWords(promptMain, [name, "-d", directory, ...rest], context);
+  else await runWords(promptMain, words, context);
   return true;
 }
 
 async function changeFolder(context: Context, words: string[]): Promise<void> {
   if (words.length > 1) throw usage("cd takes one folder");
-  const folder = words[0] === undefined ? "" : join("/", context.folder, words[0]).slice(1).replace(/\/$/, "");
+  const folder = words[0] === undefined ? "" : resolveRemote(context.folder, words[0]);
   const { kind } = await context.remote.stat(folder);
   if (kind !== "folder") throw new RepriseError("not_a_folder", `not a folder: ${quote(folder)}`);
   context.folder = folder;
@@ -480,14 +505,17 @@ async function changeFolder(context: Context, words: string[]): Promise<void> {
 
 /** Commands for the first word, names on the server for the others. */
 async function complete(context: Context, words: string[]): Promise<string[]> {
-  if (words.length <= 1) return ["cd", "get", "help", "ls", "quit", "resume", "stat"];
+  if (words.length <= 1) return ["cat", "cd", "get", "help", "ls", "quit", "resume", "stat", "status"];
   const typed = words.at(-1)!;
   const parent = typed.slice(0, typed.lastIndexOf("/") + 1);
-  const names: string[] = [];
-  for await (const { path, kind } of context.remote.list(resolveRemote(context.folder, parent))) {
-    names.push(parent + path + (kind === "folder" ? "/" : ""));
+  // A key press is not worth ten attempts.
+  const remote = new Remote({ servers: parseServers(context.server), retries: 0, timeoutMs: COMPLETION_MS });
+  try {
+    const entries = await Array.fromAsync(remote.list(resolveRemote(context.folder, parent)));
+    return entries.map(({ path, kind }) => parent + path + (kind === "folder" ? "/" : "")).sort();
+  } finally {
+    remote.close();
   }
-  return names.sort();
 }
 
 if (import.meta.main) await runScript(main);

@@ -6,7 +6,7 @@
  * declare is refused, with the nearest thing that it does. `runScript` turns every error into a line on stderr and an
  * exit status.
  */
-import { fstatSync } from "node:fs";
+import { fstatSync, writeSync } from "node:fs";
 import type { ArgsDef, CommandDef } from "citty";
 import type { ConsolaInstance } from "consola";
 import { libc } from "./libc.ts";
@@ -26,8 +26,8 @@ export function command(definition: Command): Command {
 export type Args = Record<string, string | boolean | undefined> & { _: string[] };
 
 /**
- * Runs the command that `words` name, or `main` itself without one. Errors are said on stderr; the exit status is that
- * of the error table and is left in `process.exitCode`, so that output still under way is not cut.
+ * Runs the command that `words` name, or `main` itself without one, and ends the process. Errors are said on stderr; the
+ * exit status is that of the error table.
  */
 export async function runScript(main: Command, words: string[] = process.argv.slice(2)): Promise<void> {
   try {
@@ -35,11 +35,14 @@ export async function runScript(main: Command, words: string[] = process.argv.sl
   } catch (error) {
     process.exitCode = report(error);
   }
+  // What was written has been awaited. What may still be open, such as a connection that nobody answers, is not.
+  process.exit();
 }
 
 /** The same without catching anything, and with `data` for the command: what the prompt does with a line. */
 export async function runWords(main: Command, words: string[], data?: unknown): Promise<void> {
   const { command, rest } = select(main, words);
+  if (data !== undefined && command === main) throw usage("name a command");
   if (rest.includes("--help") || rest.includes("-h")) return printUsage(command, command === main ? undefined : main);
   if (rest.includes("--version") && command === main) return print((main.meta as { version: string }).version);
   const definitions = (command.args ?? {}) as ArgsDef;
@@ -314,11 +317,20 @@ function createLog(): ConsolaInstance {
         log({ type, args }) {
           const label = type === "info" ? "" : `${type}: `;
           const colour = useColour() ? (colours[type] ?? "") : "";
-          process.stderr.write(`${colour}${label}${colour && "\x1b[0m"}${args.join(" ")}\n`);
+          writeError(`${colour}${label}${colour && "\x1b[0m"}${args.join(" ")}\n`);
         },
       },
     ],
   });
+}
+
+/** To stderr, as far as it takes it: an error that can't be said must not become another one. */
+export function writeError(text: string): void {
+  try {
+    writeSync(2, text);
+  } catch {
+    // Closed, or full.
+  }
 }
 
 function useColour(): boolean {

@@ -9,6 +9,8 @@
  * Two short cuts around the user's memory serve plain TCP where the C library can be had: `sendFile` is sendfile(2),
  * and the rest of a large frame is received straight into its place.
  */
+
+import { readSync } from "node:fs";
 import type { Socket as BunSocket, SocketHandler, TCPSocketListener, TCPSocketListenOptions } from "bun";
 import { Errno, libc } from "./libc.ts";
 import { type BufferPool, type Frame, FrameDecoder, RepriseError } from "./protocol.ts";
@@ -34,12 +36,17 @@ export interface ConnectionOptions {
   pool?: BufferPool;
   /** Every wait for the peer ends after this long without a byte. */
   timeoutMs: number;
+  /** Each frame must have come whole within `timeoutMs`, for peers that have no reason to send slowly. */
+  promptFrames?: boolean;
 }
 
 export class Connection {
   readonly #socket: Socket<Connection>;
   readonly #decoder: FrameDecoder;
   readonly #timeoutMs: number;
+  readonly #promptFrames: boolean;
+  /** Who gives memory for large frames expects them, and may wait for the rest of one a moment. */
+  readonly #direct: boolean;
   readonly #readable = new Waiter();
   readonly #writable = new Waiter();
   #chunks: Uint8Array[] = [];
@@ -56,14 +63,13 @@ export class Connection {
   /** The last frame was a large one, and the next may be expected to be. */
   #streaming = false;
   #turn = 0;
-  /** Bytes that came and went, for logs and for telling progress. */
-  received = 0;
-  sent = 0;
 
   constructor(socket: BunSocket<Connection>, options: ConnectionOptions) {
     this.#socket = socket as Socket<Connection>;
     this.#decoder = new FrameDecoder(options);
     this.#timeoutMs = options.timeoutMs;
+    this.#promptFrames = options.promptFrames ?? false;
+    this.#direct = options.pool !== undefined;
     socket.data = this;
   }
 
@@ -73,6 +79,7 @@ export class Connection {
 
   /** The next frame, or undefined when the peer has ended the stream between two frames. Throws `lost`, `bad_frame`. */
   async next(): Promise<Frame | undefined> {
+    const startedAt = this.#promptFrames ? performance.now() : undefined;
     for (;;) {
       if (this.#failure) throw this.#failure;
       const frame = this.#decoder.next();
@@ -83,14 +90,9 @@ export class Connection {
       const chunk = this.#chunks.shift();
       if (chunk) this.#decoder.push(chunk);
       else if (this.#ended) return this.#atEnd();
-      else if (!this.#receive()) await this.#untilReadable();
+      else if (!this.#receive()) await this.#untilReadable(startedAt);
       else if (this.#turnIsOver()) await nextTurn();
     }
-  }
-
-  /** Whether a frame, or a part of one, has come and was not yet taken. */
-  get hasInput(): boolean {
-    return this.#chunks.length > 0 || !this.#decoder.atBoundary;
   }
 
   /** Sends bytes, at the latest when `next()` is about to wait. The caller gives them away. */
@@ -124,23 +126,23 @@ export class Connection {
    * Sends `length` bytes of a file from `offset` on, from page cache to socket. A file that ends early leaves the frame
    * cut: this throws `changed`, or `failed` for a read error, and the connection can only be closed.
    */
-  async sendFile(file: number, offset: number, length: number, byteAt: (offset: number) => Uint8Array): Promise<void> {
+  async sendFile(file: number, offset: number, length: number): Promise<void> {
     await this.flush();
     const end = offset + length;
     while (offset < end) {
       this.#checkWritable();
       const sent = libc()!.sendfile(this.#socket.fd, file, offset, end - offset);
       if (sent > 0) {
-        this.sent += sent;
         this.#turn += sent;
         offset += sent;
       } else if (sent === 0) {
         throw new RepriseError("changed", "changed on the server: the file became shorter");
       } else if (sent === -Errno.EAGAIN) {
         // Bun arms `drain` only for a write of its own that was cut short: let it try one byte.
-        const taken = this.#write(byteAt(offset));
-        offset += taken;
-        if (taken === 0) await this.#untilWritable();
+        offset += await this.#sendCopied(file, offset, 1);
+      } else if (sent === -Errno.EINVAL || sent === -Errno.EOPNOTSUPP) {
+        // A file system without it.
+        offset += await this.#sendCopied(file, offset, Math.min(end - offset, MAX_COLLECTED_BYTES));
       } else if (sent === -Errno.EIO) {
         throw new RepriseError("failed", "the server's disk failed while reading");
       } else if (sent !== -Errno.EINTR) {
@@ -148,6 +150,16 @@ export class Connection {
       }
     }
     if (this.#turnIsOver()) await nextTurn();
+  }
+
+  /** Reads and writes instead, waiting where the kernel takes nothing; returns how many bytes it took. */
+  async #sendCopied(file: number, offset: number, length: number): Promise<number> {
+    const bytes = new Uint8Array(length);
+    const count = readSync(file, bytes, 0, length, offset);
+    if (count === 0) throw new RepriseError("changed", "changed on the server: the file became shorter");
+    const taken = this.#write(bytes.subarray(0, count));
+    if (taken === 0) await this.#untilWritable();
+    return taken;
   }
 
   /** Makes this and every later wait throw `error`: the peer went, the user gave up, the server stops. */
@@ -193,14 +205,15 @@ export class Connection {
     return undefined;
   }
 
-  async #untilReadable(): Promise<void> {
+  async #untilReadable(startedAt?: number): Promise<void> {
     await this.flush();
-    if (this.#chunks.length > 0 || this.#ended) return;
+    if (this.#chunks.length > 0 || this.#ended || this.#failure) return;
     if (this.#paused) {
       this.#paused = false;
       this.#socket.resume();
     }
-    await this.#readable.wait(this.#timeoutMs);
+    const spent = startedAt === undefined ? 0 : performance.now() - startedAt;
+    await this.#readable.wait(Math.max(1, this.#timeoutMs - spent));
   }
 
   async #untilWritable(): Promise<void> {
@@ -223,7 +236,6 @@ export class Connection {
   #write(bytes: Uint8Array): number {
     const taken = this.#socket.write(bytes);
     if (taken < 0) throw lost("the connection was cut while sending");
-    this.sent += taken;
     this.#turn += taken;
     return taken;
   }
@@ -231,7 +243,7 @@ export class Connection {
   /** Takes what is due of a large frame from the kernel; false when nothing comes at once, or no such frame is due. */
   #receive(): boolean {
     const space = this.#decoder.space();
-    const calls = this.#streaming || space.length >= MIN_DIRECT_BYTES ? libc() : null;
+    const calls = this.#direct && (this.#streaming || space.length >= MIN_DIRECT_BYTES) ? libc() : null;
     if (!calls) return false;
     const { fd } = this.#socket;
     let count = calls.receive(fd, space);
@@ -256,7 +268,6 @@ export class Connection {
   }
 
   #took(count: number): void {
-    this.received += count;
     this.#turn += count;
   }
 
@@ -390,6 +401,7 @@ class Waiter {
   #resolve: (() => void) | undefined;
 
   wait(timeoutMs: number): Promise<void> {
+    if (this.#resolve) throw new Error("Two parties wait for the same thing");
     return new Promise((resolve, reject) => {
       const timer = setTimeout(() => {
         this.#resolve = undefined;

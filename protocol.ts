@@ -32,7 +32,7 @@
  *              0x82  ERROR     to client  code u16, text str
  *              0x83  META      to client  kind u8, size u64, mtime i64 (microseconds since 1970), offset u64, etag str
  *              0x84  DATA      to client  content (1 to 524,288 bytes)
- *              0x85  END       to client  bytes u64: the content of this answer, in all
+ *              0x85  END       to client  count u64: of the bytes of content, or of the entries, in this answer
  *              0x86  ENTRIES   to client  one or more of: kind u8, size u64, mtime i64, path str
  *              0x87  INFO      to client  a JSON object in UTF-8
  *
@@ -203,7 +203,7 @@ export type Answer =
   | { type: "error"; error: RepriseError }
   | ({ type: "meta"; offset: number } & Meta)
   | { type: "data"; crc32: number; content: Uint8Array }
-  | { type: "end"; bytes: number }
+  | { type: "end"; count: number }
   | { type: "entries"; entries: Entry[] }
   | { type: "info"; info: Record<string, unknown> };
 
@@ -233,8 +233,12 @@ export function splitPath(path: string): string[] {
 
 /** A name for a terminal or a message: quoted, control and bidirectional characters escaped, cut at `limit`. */
 export function quote(text: string, limit = 300): string {
-  const cut = text.length > limit ? `${text.slice(0, limit)}…` : text;
-  return JSON.stringify(cut).replace(/[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, escapeUnit);
+  return toJson(text.length > limit ? `${text.slice(0, limit)}…` : text);
+}
+
+/** JSON in one line that a terminal may be shown: control and bidirectional characters are escaped. */
+export function toJson(value: unknown): string {
+  return JSON.stringify(value).replace(/[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, escapeUnit);
 }
 
 function escapeUnit(unit: string): string {
@@ -396,9 +400,9 @@ function contentSumOf({ payload, crc32 }: Frame): number {
   return (crc32 ^ new DataView(without.buffer).getUint32(SUMMED_HEAD_BYTES)) >>> 0;
 }
 
-/** [get] [list] [quit] bytes u64. */
-export function encodeEnd(bytes: number): Uint8Array {
-  return new Writer(FrameType.END).u64(bytes).done();
+/** [get] [list] [quit] count u64. */
+export function encodeEnd(count: number): Uint8Array {
+  return new Writer(FrameType.END).u64(count).done();
 }
 
 /** [status] A JSON object. */
@@ -563,7 +567,7 @@ function readAnswer(type: number, reader: Reader): Answer {
       return { ...meta, offset: reader.u64(), etag: reader.str(MAX_ETAG_BYTES) };
     }
     case FrameType.END:
-      return { type: "end", bytes: reader.u64() };
+      return { type: "end", count: reader.u64() };
     case FrameType.ERROR:
       return { type: "error", error: readError(reader) };
     case FrameType.WELCOME:
@@ -615,7 +619,7 @@ function readInfo(reader: Reader): Record<string, unknown> {
 export class BufferPool {
   readonly #bytes: number;
   readonly #free: ArrayBuffer[] = [];
-  readonly #lent = new Set<ArrayBufferLike>();
+  readonly #lent = new WeakSet<ArrayBufferLike>();
 
   constructor(bytes: number) {
     this.#bytes = bytes;

@@ -67,6 +67,8 @@ export class Remote {
   readonly #connecting: Omit<ConnectOptions, "host" | "port">;
   readonly #free: (content: Uint8Array) => void;
   #peer: Peer | undefined;
+  /** Calls take turns: a connection answers in order, and each call takes its own answers. */
+  #turnEnds: Promise<void> = Promise.resolve();
   #turn = 0;
 
   constructor(options: RemoteOptions) {
@@ -81,36 +83,46 @@ export class Remote {
 
   /** Throws `not_found`, `bad_name`, `refused`, or `lost` after all attempts, as do all of these. */
   stat(path: string): Promise<Meta> {
-    return this.#attempt(async (peer) => {
+    return this.#call(async (peer) => {
       await peer.ask({ action: "stat", path });
       const { kind, size, mtime, etag } = await peer.expect("meta");
       return { kind, size, mtime, etag };
     });
   }
 
-  /** The entries of a folder, in the server's order, with those of the folders below it if `recursive`. */
+  /**
+   * The entries of a folder, in the server's order, with those of the folders below it if `recursive`. Until the first
+   * is there this is tried again like everything else; a list that is cut later throws `lost`.
+   */
   async *list(path: string, recursive = false): AsyncGenerator<Entry> {
-    const peer = await this.#attempt(async (peer) => {
-      await peer.ask({ action: "list", path, recursive });
-      await peer.peek();
-      return peer;
-    });
+    const endTurn = await this.#takeTurn();
     let complete = false;
     try {
+      const peer = await this.#attempt(async (peer) => {
+        await peer.ask({ action: "list", path, recursive });
+        await peer.peek();
+        return peer;
+      });
+      let count = 0;
       for (;;) {
         const answer = await peer.expect("entries", "end");
-        if (answer.type === "end") break;
+        if (answer.type === "end") {
+          if (answer.count !== count) throw unexpected(`the end after ${count} of ${answer.count} entries`);
+          break;
+        }
+        count += answer.entries.length;
         yield* answer.entries;
       }
       complete = true;
     } finally {
       // Whoever stops half-way leaves answers behind that nobody will take.
       if (!complete) this.#drop();
+      endTurn();
     }
   }
 
   status(): Promise<Record<string, unknown>> {
-    return this.#attempt(async (peer) => {
+    return this.#call(async (peer) => {
       await peer.ask({ action: "status" });
       return (await peer.expect("info")).info;
     });
@@ -124,7 +136,7 @@ export class Remote {
   async download(path: string, target: Target, hooks: DownloadHooks = {}): Promise<Meta> {
     for (let restarts = 0; ; restarts++) {
       try {
-        return await this.#attempt((peer) => this.#fetch(peer, path, target, hooks));
+        return await this.#call((peer) => this.#fetch(peer, path, target, hooks));
       } catch (error) {
         if (!(error instanceof RepriseError) || error.code !== "changed") throw error;
         if (!target.restartable && target.bytes > 0) {
@@ -160,6 +172,7 @@ export class Remote {
       const { etag, bytes: offset } = target;
       await peer.ask({ action: "get", path, offset, length: this.#stretch(), etag });
       const { type: _, offset: given, ...meta } = await peer.expect("meta");
+      if (meta.kind !== "file" || meta.etag === "") throw unexpected("a file without a version");
       if (given !== offset || (etag !== "" && meta.etag !== etag)) throw unexpected("another part than was asked for");
       target.begin(meta);
       if (offset === start) hooks.begin?.(meta, offset);
@@ -180,9 +193,13 @@ export class Remote {
 
   async #receive(peer: Peer, target: Target, size: number, hooks: DownloadHooks): Promise<void> {
     let { bytes } = target;
+    const start = bytes;
     for (;;) {
       const answer = await peer.expect("data", "end");
-      if (answer.type === "end") return;
+      if (answer.type === "end") {
+        if (answer.count === bytes - start) return;
+        throw unexpected(`the end after ${bytes - start} of ${answer.count} bytes`);
+      }
       const { content, crc32 } = answer;
       bytes += content.length;
       if (bytes > size) throw unexpected("more content than announced");
@@ -191,6 +208,24 @@ export class Remote {
       hooks.progress?.(bytes);
       await this.#pace?.take(content.length, this.#signal);
     }
+  }
+
+  async #call<T>(work: (peer: Peer) => Promise<T>): Promise<T> {
+    const endTurn = await this.#takeTurn();
+    try {
+      return await this.#attempt(work);
+    } finally {
+      endTurn();
+    }
+  }
+
+  /** Waits for the calls before this one; returns what lets the next one begin. */
+  async #takeTurn(): Promise<() => void> {
+    const before = this.#turnEnds;
+    const { promise, resolve } = Promise.withResolvers<void>();
+    this.#turnEnds = promise;
+    await before;
+    return resolve;
   }
 
   /** The retry loop around everything: connects where needed, follows redirects, waits longer after each failure. */
@@ -268,6 +303,8 @@ class Redirected extends Error {
 /** One connection to a server: requests go out, answers come in their order. HELLO travels with the first request. */
 class Peer {
   readonly #connection: Connection;
+  readonly #signal: AbortSignal | undefined;
+  readonly #onAbort = () => this.#connection.fail(this.#signal?.reason);
   #greeted = false;
   #peeked: Answer | undefined;
   /** An answer has come since the last call began, rather than the end of the connection. */
@@ -277,14 +314,14 @@ class Peer {
 
   static async open(options: ConnectOptions): Promise<Peer> {
     const connection = await connect(options);
-    const { signal } = options;
-    signal?.addEventListener("abort", () => connection.fail(signal.reason), { once: true });
     await connection.send(encodeHello());
-    return new Peer(connection);
+    return new Peer(connection, options.signal);
   }
 
-  private constructor(connection: Connection) {
+  private constructor(connection: Connection, signal: AbortSignal | undefined) {
     this.#connection = connection;
+    this.#signal = signal;
+    signal?.addEventListener("abort", this.#onAbort, { once: true });
   }
 
   ask(request: Request): Promise<void> {
@@ -312,9 +349,11 @@ class Peer {
     } catch {
       // It has gone already, which is what was wanted.
     }
+    this.close();
   }
 
   close(): void {
+    this.#signal?.removeEventListener("abort", this.#onAbort);
     this.#connection.close();
   }
 

@@ -73,6 +73,9 @@ export interface Target {
 
 export const PART_SUFFIX = ".part";
 export const LOG_SUFFIX = ".resume.json";
+const LOCK_SUFFIX = ".part.lock";
+/** A log on its way to replace another. */
+const NEW_LOG_SUFFIX = `${LOG_SUFFIX}.new`;
 
 /**
  * Chunks on their way to a descriptor: one write at a time, of all that waits, beside the receiving of further chunks.
@@ -181,38 +184,42 @@ export class PartFile implements Target {
    */
   static open(destination: string, path: string, server: string, note: (text: string) => void): PartFile {
     try {
-      if (isFolder(destination)) throw local(`${quote(destination)} is a folder; use -d to put files into it`);
+      checkDestination(destination);
       mkdirSync(dirname(destination), { recursive: true });
-      const fd = openLocked(destination + PART_SUFFIX, destination);
+      const fd = openLocked(destination);
       try {
-        return new PartFile(destination, path, server, fd, note);
+        const found = takeUp(destination, path, fd, note);
+        if (found !== "aside") return new PartFile(destination, path, server, fd, found);
       } catch (error) {
-        closeSync(fd);
+        letGo(destination, fd);
         throw error;
       }
+      letGo(destination, fd);
+      return new PartFile(destination, path, server, openLocked(destination), undefined);
     } catch (error) {
       throw asLocal(error, destination);
     }
   }
 
-  private constructor(destination: string, path: string, server: string, fd: number, note: (text: string) => void) {
+  /** Removes what an earlier download left beside a file that is whole. */
+  static clear(destination: string): void {
+    try {
+      const fd = openLocked(destination);
+      removeIfThere(destination + LOG_SUFFIX);
+      removeIfThere(destination + PART_SUFFIX);
+      letGo(destination, fd);
+    } catch (error) {
+      throw asLocal(error, destination);
+    }
+  }
+
+  private constructor(destination: string, path: string, server: string, fd: number, found: ResumeLog | undefined) {
     this.destination = destination;
     this.#path = path;
     this.#server = server;
-    const size = fstatSync(fd).size;
-    const found = size > 0 || existsSync(destination + LOG_SUFFIX) ? recall(destination, path, fd, size) : undefined;
-    if (found === undefined || typeof found === "object") {
-      this.#fd = fd;
-      if (found) this.#meta = { kind: "file", size: found.size, mtime: found.mtime, etag: found.etag };
-      this.#queue = this.#queueFrom(found?.bytes ?? 0, found?.crc32 ?? 0);
-      return;
-    }
-    const aside = size > 0 ? setAside(destination) : undefined;
-    note(`${found}; starting again${aside ? `, and the old part is kept as ${quote(aside)}` : ""}`);
-    if (aside) closeSync(fd);
-    this.#fd = aside ? openLocked(destination + PART_SUFFIX, destination) : fd;
-    removeIfThere(destination + LOG_SUFFIX);
-    this.#queue = this.#queueFrom(0, 0);
+    this.#fd = fd;
+    if (found) this.#meta = { kind: "file", size: found.size, mtime: found.mtime, etag: found.etag };
+    this.#queue = this.#queueFrom(found?.bytes ?? 0, found?.crc32 ?? 0);
   }
 
   get etag(): string {
@@ -259,13 +266,24 @@ export class PartFile implements Target {
     const meta = this.#meta!;
     try {
       ftruncateSync(this.#fd, meta.size);
-      futimesSync(this.#fd, meta.mtime / 1e6, meta.mtime / 1e6);
-      fsyncSync(this.#fd);
+      setTime(this.#fd, meta.mtime);
+      this.#sync();
       renameSync(this.destination + PART_SUFFIX, this.destination);
-      unlinkSync(this.destination + LOG_SUFFIX);
+      removeIfThere(this.destination + LOG_SUFFIX);
       syncFolder(dirname(this.destination));
     } catch (error) {
       throw asLocal(error, this.destination);
+    }
+  }
+
+  /** After a failed fsync the system may show content that the disk does not have: such a part is not gone on with. */
+  #sync(): void {
+    try {
+      fsyncSync(this.#fd);
+    } catch (error) {
+      setAside(this.destination);
+      removeIfThere(this.destination + LOG_SUFFIX);
+      throw error;
     }
   }
 
@@ -277,7 +295,7 @@ export class PartFile implements Target {
 
   /** Lets go of the lock. */
   close(): void {
-    closeSync(this.#fd);
+    letGo(this.destination, this.#fd);
   }
 
   #queueFrom(bytes: number, crc32: number): WriteQueue {
@@ -295,8 +313,8 @@ export class PartFile implements Target {
     const log: ResumeLog = { command: "get", path: this.#path, server: this.#server, etag, size, mtime, bytes, crc32 };
     const name = this.destination + LOG_SUFFIX;
     try {
-      writeFileSync(`${name}.new`, `${JSON.stringify(log)}\n`);
-      renameSync(`${name}.new`, name);
+      writeFileSync(this.destination + NEW_LOG_SUFFIX, `${JSON.stringify(log)}\n`);
+      renameSync(this.destination + NEW_LOG_SUFFIX, name);
     } catch (error) {
       throw asLocal(error, this.destination);
     }
@@ -316,18 +334,35 @@ export function readLog(name: string): ResumeLog | string | undefined {
   }
   try {
     const log = JSON.parse(text) as ResumeLog;
-    const texts = [log.path, log.server, log.etag].every((value) => typeof value === "string");
+    const texts = [log.path, log.server, log.etag].every((value) => typeof value === "string" && value !== "");
     const counts = [log.size, log.bytes, log.crc32].every((value) => Number.isSafeInteger(value) && value >= 0);
     const fits = log.bytes <= log.size && Number.isSafeInteger(log.mtime);
-    if (log.command === "get" && log.etag !== "" && texts && counts && fits) return log;
+    if (log.command === "get" && texts && counts && fits) return log;
   } catch {
     // Falls through to the same words: not JSON, or JSON of another kind.
   }
   return `the resume log ${quote(basename(name))} is damaged`;
 }
 
-/** What the log and the part say together: where to go on, what is wrong, or nothing at all. */
-function recall(destination: string, path: string, fd: number, size: number): ResumeLog | string | undefined {
+/** The log to go on by, or none; "aside" after a part that does not fit was put away. `note` is told why. */
+function takeUp(
+  destination: string,
+  path: string,
+  fd: number,
+  note: (text: string) => void,
+): ResumeLog | "aside" | undefined {
+  const { size } = fstatSync(fd);
+  if (size === 0 && !existsSync(destination + LOG_SUFFIX)) return undefined;
+  const found = recall(destination, path, fd, size);
+  if (typeof found === "object") return found;
+  const aside = size > 0 ? setAside(destination) : undefined;
+  note(`${found}; starting again${aside ? `, and the old part is kept as ${quote(aside)}` : ""}`);
+  removeIfThere(destination + LOG_SUFFIX);
+  return aside ? "aside" : undefined;
+}
+
+/** What the log and the part say together: where to go on, or what is wrong. */
+function recall(destination: string, path: string, fd: number, size: number): ResumeLog | string {
   const log = readLog(destination + LOG_SUFFIX);
   const name = quote(basename(destination + PART_SUFFIX));
   if (log === undefined) return `${name} has no resume log`;
@@ -359,17 +394,55 @@ function setAside(destination: string): string {
   }
 }
 
-/** The lock is flock(2) on the part itself: it goes with its process, however that ends. */
-function openLocked(name: string, destination: string): number {
+/**
+ * Opens the part with its lock: flock(2) on the part itself, which goes with its process, however that ends; without
+ * flock, a file beside it with the number of the process that holds it.
+ */
+function openLocked(destination: string): number {
+  const name = destination + PART_SUFFIX;
   for (;;) {
-    const fd = openSync(name, constants.O_RDWR | constants.O_CREAT, 0o666);
-    const refused = libc()?.lock(fd) === -Errno.EAGAIN;
-    if (!refused && isStill(name, fd)) return fd;
-    const holder = refused ? holderOf(fd) : "";
+    const fd = openSync(
+      name,
+      constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW | constants.O_NONBLOCK,
+      0o666,
+    );
+    const holder = fstatSync(fd).isFile() ? lock(fd, destination) : "something that is no file";
+    if (holder === undefined && isStill(name, fd)) return fd;
     closeSync(fd);
-    if (refused)
+    if (holder !== undefined) {
       throw local(`${quote(destination)} is being written by ${holder}; wait for it, or choose another name`);
+    }
     // The one before us finished between our open and our lock: what we hold has become the finished file.
+  }
+}
+
+/** Undefined when the lock is ours, else who holds it. */
+function lock(fd: number, destination: string): string | undefined {
+  const calls = libc();
+  if (calls) return calls.lock(fd) === -Errno.EAGAIN ? holderOf(fd) : undefined;
+  const name = destination + LOCK_SUFFIX;
+  try {
+    writeFileSync(name, String(process.pid), { flag: "wx" });
+    return undefined;
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
+  }
+  const holder = Number(readFileSync(name, "utf8"));
+  if (holder > 0 && isRunning(holder)) return `process ${holder}`;
+  removeIfThere(name);
+  return lock(fd, destination);
+}
+
+function letGo(destination: string, fd: number): void {
+  if (!libc()) removeIfThere(destination + LOCK_SUFFIX);
+  closeSync(fd);
+}
+
+function isRunning(pid: number): boolean {
+  try {
+    return process.kill(pid, 0);
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "EPERM";
   }
 }
 
@@ -395,8 +468,20 @@ function holderOf(fd: number): string {
   }
 }
 
-function isFolder(path: string): boolean {
-  return statSync(path, { throwIfNoEntry: false })?.isDirectory() ?? false;
+/** A served file must not pass for a log or a part of ours: the next start would believe it. */
+function checkDestination(destination: string): void {
+  const own = [PART_SUFFIX, LOG_SUFFIX, LOCK_SUFFIX, NEW_LOG_SUFFIX].find((suffix) => destination.endsWith(suffix));
+  if (own)
+    throw local(`cannot write ${quote(destination)}: names in ${own} are for unfinished downloads; choose one with -o`);
+  if (statSync(destination, { throwIfNoEntry: false })?.isDirectory()) {
+    throw local(`${quote(destination)} is a folder; use -d to put files into it`);
+  }
+}
+
+/** Microseconds since 1970. Bun takes a number below zero for the present, but not a Date. */
+function setTime(fd: number, mtime: number): void {
+  const time = mtime < 0 ? new Date(mtime / 1000) : mtime / 1e6;
+  futimesSync(fd, time, time);
 }
 
 function syncFolder(path: string): void {
@@ -501,6 +586,9 @@ const LOCAL_REASONS: Record<string, string> = {
   EROFS: "the file system is read-only",
   ENOTDIR: "a part of the path is a file",
   ENAMETOOLONG: "the name is too long",
+  ELOOP: "its part is a symbolic link",
+  EISDIR: "a folder is in the way",
+  ENXIO: "nobody reads it",
 };
 
 /** Any error of the local file system as a `local` one, in words. */

@@ -13,7 +13,7 @@
  * runs one `Session` for each connection: a loop that takes a request, answers it, and takes the next. No session holds
  * more of a file than a chunk, and none goes on before the kernel has taken what it sent.
  */
-import { writeSync } from "node:fs";
+import { readFileSync, writeSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Subprocess, TCPSocketListener } from "bun";
 import {
@@ -49,8 +49,9 @@ import {
   quote,
   RepriseError,
   type Request,
+  toJson,
 } from "./protocol.ts";
-import { type OpenFile, openFolder, type Root, readByte } from "./storage.ts";
+import { type OpenFile, openFolder, type Root } from "./storage.ts";
 
 const SOFTWARE = `reprise ${version}`;
 /** Content of a DATA frame where it passes through our memory, which a thousand slow readers then share. */
@@ -69,6 +70,12 @@ const FIRST_RESTART_MS = 50;
 const LAST_RESTART_MS = 1_000;
 /** After so many in a row that did not come to listen, the supervisor gives up. */
 const MAX_FAILED_STARTS = 5;
+/** How long all workers together may take to listen. */
+const START_MS = 20_000;
+/** Connections over the limit that are told so at the same time. */
+const MAX_TURNED_AWAY = 64;
+/** Descriptors that a worker needs for itself, and for those that it turns away. */
+const OWN_DESCRIPTORS = 64 + MAX_TURNED_AWAY;
 /** How long a stopping process waits for what it has told to end. */
 const STOP_MS = 800;
 
@@ -88,6 +95,8 @@ interface Settings {
   log: LogFormat;
 }
 type LogFormat = "pretty" | "json";
+/** From the supervisor to a worker: end when what runs has ended, or end now. */
+type Order = "drain" | "stop";
 
 // ---------------------------------------------------------------------------------------------------- session
 
@@ -239,9 +248,10 @@ class Session {
       await this.#sendChunk(file, at, length);
       at += length;
       this.#bytes += length;
+      if (this.#pace) await this.#connection.flush();
       const ms = performance.now() - startedAt;
       if (ms < SHORT_CHUNK_MS) size = Math.min(size * 2, most);
-      else if (ms > LONG_CHUNK_MS) size = Math.max(size / 2, Math.min(FIRST_CHUNK_BYTES, most));
+      else if (ms > LONG_CHUNK_MS) size = Math.max(Math.floor(size / 2), Math.min(FIRST_CHUNK_BYTES, most));
       await this.#pace?.take(length);
     }
   }
@@ -261,7 +271,7 @@ class Session {
     }
     await this.#connection.send(encodeDataHeader(length, await file.checksum(offset, length)));
     try {
-      await this.#connection.sendFile(fd, offset, length, (at) => readByte(fd, at));
+      await this.#connection.sendFile(fd, offset, length);
     } catch (error) {
       // The frame is cut: no further frame could be told from its content.
       this.#connection.close();
@@ -271,14 +281,16 @@ class Session {
 
   async #list(path: string, recursive: boolean): Promise<void> {
     const frames = new EntriesEncoder();
+    let count = 0;
     for await (const entry of this.#worker.root.list(path, recursive)) {
       if (this.#worker.stopping) throw new RepriseError("shutting_down");
       const frame = frames.add(entry);
+      count++;
       if (frame) await this.#send(frame);
     }
     const rest = frames.rest();
     if (rest) await this.#send(rest);
-    await this.#connection.send(encodeEnd(this.#bytes));
+    await this.#connection.send(encodeEnd(count));
   }
 
   #send(frame: Uint8Array): Promise<void> {
@@ -335,9 +347,10 @@ function describe({ settings, sessions, startedAt }: Worker): Record<string, unk
 // ---------------------------------------------------------------------------------------------------- worker
 
 /** Listens and serves until a signal comes or the supervisor is gone. */
-export function work(settings: Settings): void {
+function work(settings: Settings): void {
   const root = openFolder(settings.root);
   const sessions = new Set<Session>();
+  const turnedAway = new Set<Connection>();
   const worker: Worker = { settings, root, sessions, startedAt: Date.now(), draining: false, stopping: false };
   const { host: hostname, port, idleMs } = settings;
   const listener = listen<Connection>({
@@ -347,8 +360,12 @@ export function work(settings: Settings): void {
     socket: {
       ...Connection.handlers,
       open(socket) {
-        const connection = new Connection(socket, { maxLength: MAX_REQUEST_BYTES, timeoutMs: idleMs });
-        if (sessions.size >= settings.maxConnections) return turnAway(settings, connection);
+        const connection = new Connection(socket, {
+          maxLength: MAX_REQUEST_BYTES,
+          timeoutMs: idleMs,
+          promptFrames: true,
+        });
+        if (sessions.size >= settings.maxConnections) return turnAway(settings, connection, turnedAway);
         const session = new Session(worker, connection);
         sessions.add(session);
         session.run().finally(() => sessions.delete(session));
@@ -362,16 +379,22 @@ export function work(settings: Settings): void {
     root.close();
     process.exit(0);
   };
-  process.on("SIGINT", stopNow);
-  process.on("SIGTERM", () => (worker.draining ? stopNow() : drain(worker, listener, stopNow)));
+  // A signal to the whole group comes here as well as to the supervisor: only what it then says counts.
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => {});
+  process.on("message", (order: Order) => (order === "stop" ? stopNow() : drain(worker, listener, stopNow)));
   // The supervisor is gone, however it ended.
   process.on("disconnect", stopNow);
   process.send?.("ready");
 }
 
-function turnAway(settings: Settings, connection: Connection): void {
+/** Says `busy`; beyond a number of those who are still being told, closes without a word. */
+async function turnAway(settings: Settings, connection: Connection, turnedAway: Set<Connection>): Promise<void> {
   log(settings, { event: "close", status: "busy", peer: connection.peer });
-  connection.send(encodeError(new RepriseError("busy"))).then(() => connection.finish());
+  if (turnedAway.size >= MAX_TURNED_AWAY) return connection.close();
+  turnedAway.add(connection);
+  await connection.send(encodeError(new RepriseError("busy")));
+  await connection.finish();
+  turnedAway.delete(connection);
 }
 
 async function drain(worker: Worker, listener: TCPSocketListener<Connection>, stopNow: () => void): Promise<void> {
@@ -409,7 +432,7 @@ function log(settings: Pick<Settings, "log" | "worker">, fields: LogFields): voi
   const { worker } = settings;
   if (settings.log === "json") {
     const time = new Date().toISOString();
-    writeLine(JSON.stringify({ time, event, peer, worker, path, offset, bytes, ms, status }));
+    writeLine(toJson({ time, event, peer, worker, path, offset, bytes, ms, status }));
     return;
   }
   const what = path === undefined ? event : `${event} ${quote(path)}`;
@@ -421,8 +444,8 @@ function log(settings: Pick<Settings, "log" | "worker">, fields: LogFields): voi
 function writeLine(line: string): void {
   try {
     writeSync(2, `${line}\n`);
-  } catch (error) {
-    if (!["EAGAIN", "EPIPE", "EIO"].includes((error as NodeJS.ErrnoException).code ?? "")) throw error;
+  } catch {
+    // Nobody is left to be told that the log cannot be written.
   }
 }
 
@@ -430,7 +453,7 @@ function logBug(settings: Settings, error: unknown): void {
   const stack = error instanceof Error ? (error.stack ?? error.message) : String(error);
   if (settings.log === "json") {
     writeLine(
-      JSON.stringify({
+      toJson({
         time: new Date().toISOString(),
         event: "bug",
         worker: settings.worker,
@@ -461,7 +484,8 @@ class Supervisor {
     this.#settings.port = holder.port;
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => this.#stop(signal));
     const numbers = Array.from({ length: this.#settings.workers }, (_, index) => index + 1);
-    const ready = await Promise.all(numbers.map((number) => this.#start(number)));
+    const started = numbers.map((number) => this.#start(number));
+    const ready = await Promise.race([Promise.all(started), Bun.sleep(START_MS).then(() => [false])]);
     holder.stop(true);
     if (!this.#stopping && ready.every(Boolean)) await this.#announce();
     else this.#giveUp("a worker did not start");
@@ -488,7 +512,7 @@ class Supervisor {
       },
     });
     this.#workers.set(number, child);
-    if (this.#stopping) child.kill("SIGINT");
+    if (this.#stopping) child.kill("SIGKILL");
     return promise;
   }
 
@@ -508,9 +532,11 @@ class Supervisor {
   #stop(signal: "SIGINT" | "SIGTERM"): void {
     const again = this.#stopping;
     this.#stopping = true;
-    for (const child of this.#workers.values()) child.kill(again ? "SIGINT" : signal);
+    const order: Order = signal === "SIGINT" || again ? "stop" : "drain";
+    for (const child of this.#workers.values()) child.send(order);
     if (this.#workers.size === 0) this.#done.resolve(0);
-    if (signal === "SIGINT" || again) setTimeout(() => this.#kill(), STOP_MS).unref();
+    // A worker that hangs is not waited for.
+    setTimeout(() => this.#kill(), order === "stop" ? STOP_MS : this.#settings.graceMs + 2 * STOP_MS);
   }
 
   #giveUp(why: string): void {
@@ -620,12 +646,25 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
     root: String(args.root),
     host: String(args.host),
     port: numberOption(args, "port", { min: 0, max: 65_535 }),
-    maxConnections: Math.ceil(numberOption(args, "max-connections", { min: 1, max: 1_000_000 }) / workers),
+    maxConnections: connectionsOf(numberOption(args, "max-connections", { min: 1, max: 1_000_000 }), workers),
     idleMs: secondsOption(args, "idle-timeout"),
     graceMs: secondsOption(args, "grace"),
     limitRate: sizeOption(args, "limit-rate"),
     log,
   };
+}
+
+/** A worker's share of the connections, and no more than it has descriptors for: a socket and a file each. */
+function connectionsOf(wanted: number, workers: number): number {
+  const share = Math.ceil(wanted / workers);
+  const limit = Number(/Max open files\s+(\d+)/.exec(readFileSync("/proc/self/limits", "utf8"))?.[1] ?? 1024);
+  const most = Math.max(1, Math.floor((limit - OWN_DESCRIPTORS) / 2));
+  if (share <= most) return share;
+  say(
+    "warn",
+    `${wanted} connections need more than the ${limit} open files allowed (ulimit -n): taking ${most * workers}`,
+  );
+  return most;
 }
 
 if (import.meta.main) {

@@ -18,18 +18,21 @@ import {
   lstatSync,
   openSync,
   read as readLater,
-  readSync,
 } from "node:fs";
 import { opendir } from "node:fs/promises";
 import { Errno, libc } from "./libc.ts";
-import { crc32Combine, type Entry, type Meta, quote, RepriseError, splitPath } from "./protocol.ts";
+import { crc32Combine, type Entry, MAX_PATH_BYTES, type Meta, quote, RepriseError, splitPath } from "./protocol.ts";
 
 /** Two ticks of the slowest usual kernel clock (100 Hz). */
 const SETTLE_MS = 20;
+/** Something that is written all the time never settles; whoever reads it is told `changed` soon enough. */
+const MAX_LOOKS = 10;
 /** Checksums are kept for pieces of this size, aligned. */
 const PIECE_BYTES = 256 * 1024;
 /** Checksums that are kept, over all files: 4 bytes for each 256 KiB, so 4 MiB stand for 256 GiB. */
 const MAX_KEPT_SUMS = 1024 * 1024;
+/** And for so many files at the most: each costs more than its sums when they are few. */
+const MAX_KEPT_FILES = 4096;
 const O_PATH = 0o10000000;
 
 export interface Root {
@@ -108,12 +111,19 @@ class FolderRoot implements Root {
       for await (const { name } of await openDirectory(at, path)) {
         const entry = entryAt(at, name, prefix);
         if (entry) yield entry;
-        if (recursive && entry?.kind === "folder") {
-          yield* this.list(path === "" ? name : `${path}/${name}`, true, `${entry.path}/`);
-        }
+        if (recursive && entry?.kind === "folder") yield* this.#listBelow(path, name, entry.path);
       }
     } finally {
       closeSync(at);
+    }
+  }
+
+  /** A folder that went away meanwhile, or may not be read, is left out: the others are still true. */
+  async *#listBelow(path: string, name: string, prefix: string): AsyncGenerator<Entry> {
+    try {
+      yield* this.list(path === "" ? name : `${path}/${name}`, true, `${prefix}/`);
+    } catch (error) {
+      if (!(error instanceof RepriseError)) throw error;
     }
   }
 
@@ -225,13 +235,6 @@ function readAt(fd: number, bytes: Uint8Array, offset: number, path: string): Pr
   });
 }
 
-/** One byte of a file, for the sender of the rest. */
-export function readByte(fd: number, offset: number): Uint8Array {
-  if (readSync(fd, oneByte, 0, 1, offset) !== 1)
-    throw new RepriseError("changed", "changed on the server: it became shorter");
-  return oneByte;
-}
-
 // ---------------------------------------------------------------------------------------------------- names
 
 /** openat2: the kernel resolves beneath the root. Undefined where there is no such call. */
@@ -287,9 +290,10 @@ async function openDirectory(fd: number, path: string): Promise<Dir> {
   }
 }
 
-/** Undefined for what is not shown: hidden names, links, devices, and what went away meanwhile. */
+/** Undefined for what is not shown: hidden names, names too long to ask for, links, devices, what went away meanwhile. */
 function entryAt(folder: number, name: string, prefix: string): Entry | undefined {
   if (isHidden(name) || /[\r\n]/.test(name)) return undefined;
+  if (Buffer.byteLength(prefix + name) > MAX_PATH_BYTES) return undefined;
   try {
     const stat = lstatSync(`${beneath(folder)}/${name}`, { bigint: true });
     if (!stat.isFile() && !stat.isDirectory()) return undefined;
@@ -305,11 +309,13 @@ function entryAt(folder: number, name: string, prefix: string): Entry | undefine
 
 /** Looks again after a moment where a change might hide behind the tick of the clock: see the top of this file. */
 async function settled(fd: number): Promise<BigIntStats> {
-  const stat = fstatSync(fd, { bigint: true });
-  const age = Date.now() - Number(stat.ctimeNs / 1_000_000n);
-  if (age < 0 || age >= SETTLE_MS || !stat.isFile()) return stat;
-  await Bun.sleep(SETTLE_MS - age);
-  return fstatSync(fd, { bigint: true });
+  for (let looks = 1; ; looks++) {
+    const stat = fstatSync(fd, { bigint: true });
+    const age = Date.now() - Number(stat.ctimeNs / 1_000_000n);
+    const isOld = age < 0 || age >= SETTLE_MS || !stat.isFile();
+    if (isOld || looks === MAX_LOOKS) return stat;
+    await Bun.sleep(SETTLE_MS - age);
+  }
 }
 
 function metaOf(stat: BigIntStats, path: string): Meta {
@@ -344,7 +350,7 @@ class KeptSums {
 
   #add(etag: string, pieces: number): Uint32Array {
     for (const [oldest, sums] of this.#byEtag) {
-      if (this.#count + pieces <= MAX_KEPT_SUMS) break;
+      if (this.#count + pieces <= MAX_KEPT_SUMS && this.#byEtag.size < MAX_KEPT_FILES) break;
       this.#byEtag.delete(oldest);
       this.#count -= sums.length;
     }

@@ -2,7 +2,16 @@
  * What only a terminal needs: listings, the progress line and the prompt. Nothing here knows the network.
  */
 import { createInterface } from "node:readline";
-import { formatDuration, formatSize, isoTime, isTerminal, printable, report, setBeforeSaying } from "./command.ts";
+import {
+  formatDuration,
+  formatSize,
+  isoTime,
+  isTerminal,
+  printable,
+  report,
+  setBeforeSaying,
+  writeError,
+} from "./command.ts";
 import { type Entry, RepriseError } from "./protocol.ts";
 
 /** Redraws of the progress line: at most ten a second. */
@@ -78,7 +87,7 @@ export class ProgressLine {
   }
 
   clear(): void {
-    if (this.#drawnAt > 0) process.stderr.write("\r\x1b[K");
+    if (this.#drawnAt > 0) writeError("\r\x1b[K");
   }
 
   /** The line goes; with `summary`, what was done takes its place. */
@@ -90,7 +99,7 @@ export class ProgressLine {
     const bytes = this.#bytes - this.#offset;
     const resumed = this.#offset > 0 ? `, resumed at ${formatSize(this.#offset)}` : "";
     const rate = `${formatSize(bytes / Math.max(seconds, 0.001))}/s`;
-    process.stderr.write(`${this.#name}  ${formatSize(this.#total)} in ${seconds.toFixed(1)} s, ${rate}${resumed}\n`);
+    writeError(`${this.#name}  ${formatSize(this.#total)} in ${seconds.toFixed(1)} s, ${rate}${resumed}\n`);
   }
 
   /** Smoothed over about two seconds. */
@@ -112,7 +121,7 @@ export class ProgressLine {
     const share = this.#total > 0 ? Math.floor((this.#bytes / this.#total) * 100) : 100;
     const rest = ["", `${share} %`, formatSize(this.#bytes), ...figures].join("  ");
     const room = Math.max(8, (process.stderr.columns || 80) - Bun.stringWidth(rest) - 1);
-    process.stderr.write(`\r${shorten(this.#name, room)}${rest}\x1b[K`);
+    writeError(`\r${shorten(this.#name, room)}${rest}\x1b[K`);
     this.#drawnAt ||= performance.now();
   }
 }
@@ -161,7 +170,7 @@ export async function readCommands(prompt: Prompt): Promise<void> {
   reader.on("SIGINT", () => {
     if (prompt.cancel()) return;
     // As in a shell: the line is given up, not the program.
-    process.stderr.write("^C\n");
+    writeError("^C\n");
     reader.write(null, { ctrl: true, name: "e" });
     reader.write(null, { ctrl: true, name: "u" });
     ask();
@@ -175,7 +184,7 @@ export async function readCommands(prompt: Prompt): Promise<void> {
   } finally {
     reader.close();
   }
-  if (person) process.stderr.write("\n");
+  if (person) writeError("\n");
 }
 
 async function runLine(prompt: Prompt, text: string, person: boolean): Promise<boolean> {

@@ -109,7 +109,7 @@ describe("golden bytes", () => {
       "00000002 84 264cf4c4 0102",
       { type: "data", crc32: 0xb6cc4292, content: bytesOf("0102") },
     ],
-    ["END", encodeEnd(258), "00000008 85 c774131b 0000000000000102", { type: "end", bytes: 258 }],
+    ["END", encodeEnd(258), "00000008 85 c774131b 0000000000000102", { type: "end", count: 258 }],
     [
       "ENTRIES",
       list(entry),
