@@ -96,6 +96,7 @@ const get = command({
   run: withContext(async (context, args) => {
     const paths = remotePaths(context, args);
     const output = args.output as string | undefined;
+    if (output === "") throw usage("-o needs a name");
     if (output !== undefined && output !== "-" && paths.length > 1)
       throw usage("-o takes one file, use -d for several");
     const targets = paths.map((path) => ({ path, file: output ?? join(String(args.directory), basename(path)) }));
@@ -169,8 +170,10 @@ export const main: Command = command({
   args: { ...common, ...destination },
   subCommands: { get, cat, ls, stat, resume, status },
   run: withContext(async (context, args) => {
-    await resumeFirst(context, args);
+    const unresumed = await resumeFirst(context, args);
     await readPrompt(context, args);
+    // A script has done its own work; what could not be resumed is still a failure.
+    if (unresumed && !isTerminal(0)) throw unresumed;
   }),
 });
 
@@ -244,7 +247,7 @@ async function forEach<T>(items: T[], work: (item: T) => Promise<void>): Promise
 
 async function getOne(context: Context, path: string, file: string): Promise<void> {
   // What the server would refuse makes no file here.
-  splitPath(path);
+  if (splitPath(path).length === 0) throw new RepriseError("not_a_file", "not a file: the served folder itself");
   if (file === "-") return getStream(context, path, 1, "standard output");
   const found = lookAt(file);
   if (found && !found.isFile() && !found.isDirectory()) return getDevice(context, path, file);
@@ -253,9 +256,8 @@ async function getOne(context: Context, path: string, file: string): Promise<voi
   const complete = found?.isFile() ? await ifComplete(context.remote, path, file) : undefined;
   if (complete) return done(complete, complete.size);
   const part = PartFile.open(file, path, context.server, (text) => say("warn", text));
-  const offset = part.bytes;
   try {
-    const meta = await transfer(context, path, part, () => part.finish());
+    const { meta, offset } = await transfer(context, path, part, () => part.finish());
     await done(meta, offset);
   } catch (error) {
     if (part.bytes === 0) part.discard();
@@ -315,18 +317,27 @@ async function getStream(context: Context, path: string, fd: number, name: strin
 }
 
 /** A download with its progress line. */
-async function transfer(context: Context, path: string, target: Target, finish: () => Promise<void>): Promise<Meta> {
+async function transfer(
+  context: Context,
+  path: string,
+  target: Target,
+  finish: () => Promise<void>,
+): Promise<{ meta: Meta; offset: number }> {
   const line = showsProgress() ? new (await import("./terminal.ts")).ProgressLine(basename(path)) : undefined;
   let done = false;
+  let offset = 0;
   try {
     const meta = await context.remote.download(path, target, {
-      begin: (meta, offset) => line?.begin(offset, meta.size),
+      begin(meta, from) {
+        offset = from;
+        line?.begin(from, meta.size);
+      },
       progress: (bytes) => line?.update(bytes),
     });
     line?.doing("writing to disk");
     await finish();
     done = true;
-    return meta;
+    return { meta, offset };
   } finally {
     line?.end(done);
   }
@@ -345,25 +356,22 @@ async function ifComplete(remote: Remote, path: string, file: string): Promise<M
   return meta;
 }
 
-/** What comes before the prompt; a person is shown what fails, a script ends with it. */
-async function resumeFirst(context: Context, args: Args): Promise<void> {
+/** What comes before the prompt. A failure is said and returned: an old leftover must not keep anybody from new work. */
+async function resumeFirst(context: Context, args: Args): Promise<unknown> {
   try {
     await resumeAll(context, String(args.directory));
+    return undefined;
   } catch (error) {
-    if (!isTerminal(0) || interruption.signal.aborted) throw error;
+    if (interruption.signal.aborted || !(error instanceof RepriseError)) throw error;
     report(error);
+    return error;
   }
 }
 
 /** Goes on with every download that has a log under `directory`; returns how many there were. */
 async function resumeAll(context: Context, directory: string): Promise<number> {
-  const logs: string[] = [];
-  if (lookAt(directory)?.isDirectory()) {
-    for await (const name of new Bun.Glob(`**/*${LOG_SUFFIX}`).scan({ cwd: directory, dot: true })) {
-      logs.push(join(directory, name));
-    }
-  }
-  await forEach(logs.sort(), async (name) => {
+  const logs = await findLogs(directory);
+  await forEach(logs, async (name) => {
     const log = readLog(name);
     const file = name.slice(0, -LOG_SUFFIX.length);
     if (log === undefined) return;
@@ -381,6 +389,17 @@ async function resumeAll(context: Context, directory: string): Promise<number> {
     }
   });
   return logs.length;
+}
+
+async function findLogs(directory: string): Promise<string[]> {
+  const isDefault = directory === destination.directory.default;
+  if (isDefault && !lookAt(directory)) return [];
+  try {
+    const names = await Array.fromAsync(new Bun.Glob(`**/*${LOG_SUFFIX}`).scan({ cwd: directory, dot: true }));
+    return names.map((name) => join(directory, name)).sort();
+  } catch (error) {
+    throw new RepriseError("local", `cannot look into ${quote(directory)} for interrupted transfers`, error);
+  }
 }
 
 /** A folder's entries; a file lists itself. */
@@ -434,7 +453,7 @@ help, quit`;
 
 async function readPrompt(outer: Context, args: Args): Promise<void> {
   const directory = String(args.directory);
-  if (isTerminal(0)) say("info", `connected to ${outer.server}; files go to ${directory}/; help lists the commands`);
+  if (isTerminal(0)) say("info", `server ${outer.server}; files go to ${directory}/; help lists the commands`);
   outer.remote.close();
   let line = new AbortController();
   let busy = false;
@@ -512,7 +531,9 @@ async function complete(context: Context, words: string[]): Promise<string[]> {
   const remote = new Remote({ servers: parseServers(context.server), retries: 0, timeoutMs: COMPLETION_MS });
   try {
     const entries = await Array.fromAsync(remote.list(resolveRemote(context.folder, parent)));
-    return entries.map(({ path, kind }) => parent + path + (kind === "folder" ? "/" : "")).sort();
+    const names = entries.map(({ path, kind }) => parent + path + (kind === "folder" ? "/" : ""));
+    // What a terminal would obey can be typed by nobody, and must not be drawn.
+    return names.filter((name) => printable(name) === name).sort();
   } finally {
     remote.close();
   }

@@ -258,7 +258,7 @@ export function sizeOption(args: Args, name: string): number | undefined {
 
 /** `12.3 MB`, in powers of 1000. */
 export function formatSize(bytes: number): string {
-  if (bytes < 1000) return `${bytes} B`;
+  if (bytes < 1000) return `${Math.round(bytes)} B`;
   const power = Math.min(5, Math.floor(Math.log10(bytes) / 3));
   return `${(bytes / 1000 ** power).toFixed(1)} ${"kMGTP"[power - 1]}B`;
 }

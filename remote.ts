@@ -134,9 +134,10 @@ export class Remote {
    * errors of the target.
    */
   async download(path: string, target: Target, hooks: DownloadHooks = {}): Promise<Meta> {
+    const renewal: Renewal = { pending: false };
     for (let restarts = 0; ; restarts++) {
       try {
-        return await this.#call((peer) => this.#fetch(peer, path, target, hooks));
+        return await this.#call((peer) => this.#fetch(peer, path, target, hooks, renewal));
       } catch (error) {
         if (!(error instanceof RepriseError) || error.code !== "changed") throw error;
         if (!target.restartable && target.bytes > 0) {
@@ -149,7 +150,7 @@ export class Remote {
           throw new RepriseError("changed", `${error.message}, again and again; get it when it is at rest`);
         }
         this.#options.note(`${error.message}; starting again`);
-        target.reset();
+        renewal.pending = true;
       }
     }
   }
@@ -166,14 +167,18 @@ export class Remote {
     await peer?.quit();
   }
 
-  async #fetch(peer: Peer, path: string, target: Target, hooks: DownloadHooks): Promise<Meta> {
-    const start = target.bytes;
+  /** With a renewal pending, what the target holds is given up, but not before another version is there. */
+  async #fetch(peer: Peer, path: string, target: Target, hooks: DownloadHooks, renewal: Renewal): Promise<Meta> {
+    let giveUp = renewal.pending;
+    const start = giveUp ? 0 : target.bytes;
     for (;;) {
-      const { etag, bytes: offset } = target;
+      const { etag, bytes: offset } = giveUp ? { etag: "", bytes: 0 } : target;
       await peer.ask({ action: "get", path, offset, length: this.#stretch(), etag });
       const { type: _, offset: given, ...meta } = await peer.expect("meta");
       if (meta.kind !== "file" || meta.etag === "") throw unexpected("a file without a version");
       if (given !== offset || (etag !== "" && meta.etag !== etag)) throw unexpected("another part than was asked for");
+      if (giveUp) target.reset();
+      giveUp = renewal.pending = false;
       target.begin(meta);
       if (offset === start) hooks.begin?.(meta, offset);
       try {
@@ -231,6 +236,7 @@ export class Remote {
   /** The retry loop around everything: connects where needed, follows redirects, waits longer after each failure. */
   async #attempt<T>(work: (peer: Peer) => Promise<T>): Promise<T> {
     let failures = 0;
+    let unreached = 0;
     for (;;) {
       const old = this.#peer;
       try {
@@ -239,6 +245,12 @@ export class Remote {
       } catch (error) {
         const peer = this.#peer;
         if (!(error instanceof RepriseError)) throw this.#drop(error);
+        // Nothing was reached: the next of the list, at once.
+        if (!peer && error.code === "lost" && ++unreached < this.#options.servers.length) {
+          this.#turn++;
+          continue;
+        }
+        unreached = 0;
         const { retry, closes } = ERRORS[error.code];
         if (!retry) throw closes || error.code === "local" ? this.#drop(error) : error;
         // A connection kept from an earlier call may have been closed meanwhile: that is no failure.
@@ -289,6 +301,11 @@ export class Remote {
     this.#peer = undefined;
     return error;
   }
+}
+
+/** Of a target whose version is no longer to be had: it holds over attempts until another version comes. */
+interface Renewal {
+  pending: boolean;
 }
 
 /** The server's REDIRECT. */

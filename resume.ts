@@ -14,6 +14,7 @@ import {
   fsyncSync,
   ftruncateSync,
   futimesSync,
+  lstatSync,
   mkdirSync,
   openSync,
   readFileSync,
@@ -268,6 +269,9 @@ export class PartFile implements Target {
       ftruncateSync(this.#fd, meta.size);
       setTime(this.#fd, meta.mtime);
       this.#sync();
+      if (!isStill(this.destination + PART_SUFFIX, this.#fd)) {
+        throw local(`cannot finish ${quote(this.destination)}: something else took the name of its part; get it again`);
+      }
       renameSync(this.destination + PART_SUFFIX, this.destination);
       removeIfThere(this.destination + LOG_SUFFIX);
       syncFolder(dirname(this.destination));
@@ -327,6 +331,7 @@ export class PartFile implements Target {
 export function readLog(name: string): ResumeLog | string | undefined {
   let text: string;
   try {
+    if (!statSync(name).isFile()) return `the resume log ${quote(basename(name))} is no file`;
     text = readFileSync(name, "utf8");
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
@@ -448,7 +453,8 @@ function isRunning(pid: number): boolean {
 
 function isStill(name: string, fd: number): boolean {
   try {
-    return statSync(name).ino === fstatSync(fd).ino;
+    const [there, ours] = [lstatSync(name), fstatSync(fd)];
+    return there.ino === ours.ino && there.dev === ours.dev;
   } catch {
     return false;
   }
@@ -480,7 +486,8 @@ function checkDestination(destination: string): void {
 
 /** Microseconds since 1970. Bun takes a number below zero for the present, but not a Date. */
 function setTime(fd: number, mtime: number): void {
-  const time = mtime < 0 ? new Date(mtime / 1000) : mtime / 1e6;
+  // A quarter of a microsecond more, so that what a double loses does not make it the microsecond before.
+  const time = mtime < 0 ? new Date(mtime / 1000) : (mtime + 0.25) / 1e6;
   futimesSync(fd, time, time);
 }
 
@@ -497,7 +504,8 @@ function removeIfThere(name: string): void {
   try {
     unlinkSync(name);
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+    // A name too long for a log has none.
+    if (!["ENOENT", "ENAMETOOLONG"].includes((error as NodeJS.ErrnoException).code ?? "")) throw error;
   }
 }
 
@@ -585,7 +593,7 @@ const LOCAL_REASONS: Record<string, string> = {
   EPERM: "no permission",
   EROFS: "the file system is read-only",
   ENOTDIR: "a part of the path is a file",
-  ENAMETOOLONG: "the name is too long",
+  ENAMETOOLONG: "the name is too long, with its log beside it; choose a shorter one with -o",
   ELOOP: "its part is a symbolic link",
   EISDIR: "a folder is in the way",
   ENXIO: "nobody reads it",

@@ -9,16 +9,7 @@
  * after each read. A change within the clock tick of the one before would leave no trace in it; so a file that changed
  * less than `SETTLE_MS` ago is looked at again after that time, before anything is said of it.
  */
-import {
-  type BigIntStats,
-  closeSync,
-  constants,
-  type Dir,
-  fstatSync,
-  lstatSync,
-  openSync,
-  read as readLater,
-} from "node:fs";
+import { type BigIntStats, closeSync, constants, fstatSync, lstatSync, openSync, read as readLater } from "node:fs";
 import { opendir } from "node:fs/promises";
 import { Errno, libc } from "./libc.ts";
 import { crc32Combine, type Entry, MAX_PATH_BYTES, type Meta, quote, RepriseError, splitPath } from "./protocol.ts";
@@ -108,7 +99,7 @@ class FolderRoot implements Root {
     const at = this.#locate(path);
     try {
       if (!fstatSync(at).isDirectory()) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
-      for await (const { name } of await openDirectory(at, path)) {
+      for await (const name of namesIn(at, path)) {
         const entry = entryAt(at, name, prefix);
         if (entry) yield entry;
         if (recursive && entry?.kind === "folder") yield* this.#listBelow(path, name, entry.path);
@@ -282,11 +273,11 @@ function openForReading(fd: number, path: string): number {
   }
 }
 
-async function openDirectory(fd: number, path: string): Promise<Dir> {
+async function* namesIn(folder: number, path: string): AsyncGenerator<string> {
   try {
-    return await opendir(beneath(fd));
+    for await (const { name } of await opendir(beneath(folder))) yield name;
   } catch (error) {
-    throw errorFor(errorNumber(error), path);
+    throw error instanceof RepriseError ? error : errorFor(errorNumber(error), path);
   }
 }
 

@@ -120,8 +120,10 @@ export class ProgressLine {
   #draw(...figures: string[]): void {
     const share = this.#total > 0 ? Math.floor((this.#bytes / this.#total) * 100) : 100;
     const rest = ["", `${share} %`, formatSize(this.#bytes), ...figures].join("  ");
-    const room = Math.max(8, (process.stderr.columns || 80) - Bun.stringWidth(rest) - 1);
-    writeError(`\r${shorten(this.#name, room)}${rest}\x1b[K`);
+    const columns = (process.stderr.columns || 80) - 1;
+    const room = Math.max(8, columns - Bun.stringWidth(rest));
+    // On a narrow terminal the last figures are left out, rather than a line wrapped that can't be redrawn.
+    writeError(`\r${(shorten(this.#name, room) + rest).slice(0, columns)}\x1b[K`);
     this.#drawnAt ||= performance.now();
   }
 }
@@ -163,9 +165,15 @@ export async function readCommands(prompt: Prompt): Promise<void> {
     input: process.stdin,
     ...(person ? { output: process.stderr, terminal: true, completer, historySize: 1000 } : {}),
   });
+  let isOpen = true;
+  reader.once("close", () => {
+    isOpen = false;
+  });
   const ask = () => {
+    if (!isOpen) return;
     reader.setPrompt(prompt.prompt());
-    if (person) reader.prompt();
+    // What was typed ahead stays as it is, the cursor behind it.
+    if (person) reader.prompt(true);
   };
   reader.on("SIGINT", () => {
     if (prompt.cancel()) return;

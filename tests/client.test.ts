@@ -1,6 +1,16 @@
 /** The client as a process: what each command prints, where it writes, and the exit status of each thing that fails. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, utimesSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  symlinkSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
+import { connect } from "node:net";
 import { join } from "node:path";
 import { parseServers, Remote } from "../client.ts";
 import {
@@ -328,6 +338,33 @@ describe("the server", () => {
   });
 });
 
+test("a server that answers no SYN: the process ends with --timeout, too", async () => {
+  // A backlog that is full: further connections get no answer.
+  const script =
+    "import socket,time;s=socket.socket();s.bind(('127.0.0.1',0));s.listen(0);print(s.getsockname()[1],flush=True);time.sleep(100)";
+  if (!Bun.which("python3")) return console.log("skipped: needs python3 for a listener with a backlog of none");
+  const listener = Bun.spawn(["python3", "-c", script], { stdio: ["ignore", "pipe", "ignore"] });
+  try {
+    const port = Number(new TextDecoder().decode((await listener.stdout.getReader().read()).value));
+    const fillers = Array.from({ length: 4 }, () => connect({ host: "127.0.0.1", port }).on("error", () => {}));
+    await Promise.race(fillers.map((socket) => new Promise((resolve) => socket.once("connect", resolve))));
+    const run = await runClient(`127.0.0.1:${port}`, ["ls", "--timeout", "0.5", "--retries", "0"]);
+    expect(run.status).toBe(8);
+    for (const socket of fillers) socket.destroy();
+  } finally {
+    listener.kill();
+  }
+});
+
+test("stderr that cannot be written changes no exit status", async () => {
+  await using it = await setUp();
+  const command = `"$0" "$1" get no 2>/dev/full`;
+  const { exitCode } = Bun.spawnSync(["sh", "-c", command, process.execPath, join(HOME, "client.ts")], {
+    env: { ...process.env, REPRISE_SERVER: it.server.address },
+  });
+  expect(exitCode).toBe(3);
+});
+
 describe("refused by the server", () => {
   const cases: [string, number][] = [
     ["no/such", 3],
@@ -367,6 +404,52 @@ describe("the destination", () => {
   });
 });
 
+describe("names of our own", () => {
+  test("a served file can't pass for a resume log or a part", async () => {
+    await using it = await setUp();
+    writeFileSync(join(it.root, "notes.resume.json"), "{}");
+    const run = await it.run("get", "notes.resume.json");
+    expect(run.status).toBe(7);
+    expect(run.errors).toContain("are for unfinished downloads");
+    expect((await it.run("cat", "notes.resume.json")).output).toBe("{}");
+  });
+
+  test("a part that is a link is not written through, a pipe not waited for", async () => {
+    await using it = await setUp();
+    mkdirSync(join(it.folder, "client_root"));
+    writeFileSync(join(it.folder, "victim"), "");
+    symlinkSync(join(it.folder, "victim"), join(it.folder, "client_root/photo.png.part"));
+    expect((await it.run("get", "photo.png")).status).toBe(7);
+    expect(readFileSync(join(it.folder, "victim"), "utf8")).toBe("");
+    Bun.spawnSync([
+      "mkfifo",
+      join(it.folder, "client_root/twin.part"),
+      join(it.folder, "client_root/empty.resume.json"),
+    ]);
+    expect((await it.run("get", "twin")).status).toBe(7);
+    expect((await it.run("get", "empty")).status).toBe(0);
+  });
+
+  test("a named pipe that nobody reads: SIGINT ends the wait", async () => {
+    await using it = await setUp();
+    Bun.spawnSync(["mkfifo", join(it.folder, "pipe")]);
+    const child = spawnClient(it.server.address, ["get", "twin", "-o", join(it.folder, "pipe")]);
+    await waitFor(
+      "it is running",
+      () => readFileSync(`/proc/${child.pid}/wchan`, "utf8").length > 0 && threadsIn(child.pid, "wait_for_partner"),
+    );
+    child.kill("SIGINT");
+    expect(await child.exited).toBe(130);
+  });
+
+  /** Whether any thread of the process waits in this kernel function. */
+  function threadsIn(pid: number, place: string): boolean {
+    return readdirSync(`/proc/${pid}/task`).some((id) =>
+      readFileSync(`/proc/${pid}/task/${id}/wchan`, "utf8").includes(place),
+    );
+  }
+});
+
 describe("a script of commands on stdin", () => {
   test("runs line by line, with cd, quotes and comments of its own", async () => {
     await using it = await setUp();
@@ -403,6 +486,16 @@ describe("Remote", () => {
     await waitFor("the server lets go of it", () => server.log.some((line) => line.status === "idle"));
     expect((await remote.stat("a")).size).toBe(1);
     expect(notes).toEqual([]);
+    remote.close();
+  });
+
+  test("calls at the same time take turns, each with its own answer", async () => {
+    await using it = await setUp();
+    const remote = new Remote({ servers: [{ host: "127.0.0.1", port: it.server.port }] });
+    const listing = Array.fromAsync(remote.list("", true));
+    const sizes = await Promise.all(["twin", "photo.png", "sub/a b é.txt"].map((path) => remote.stat(path)));
+    expect(sizes.map((meta) => meta.size)).toEqual([1, image.length, 6]);
+    expect((await listing).length).toBe(8);
     remote.close();
   });
 

@@ -106,7 +106,12 @@ test.skipIf(!hasScript)("Ctrl-C ends a transfer but not the prompt, and the next
   await terminal.shows(" left");
   terminal.type("\x03");
   await terminal.shows("interrupted; the same command goes on from here");
+  terminal.clear();
   terminal.type("resume\r");
+  await terminal.shows(" left");
+  for (const key of ["g", "\t", "e", "\t", "\x03"]) terminal.type(key);
+  await terminal.shows("interrupted; the same command goes on from here");
+  terminal.type("\x15resume\r");
   await terminal.shows("resumed at");
   terminal.type("\x04");
   expect(await terminal.status()).toBe(0);

@@ -245,6 +245,18 @@ describe("the file changed on the server", () => {
     expect(await new Response(child.stderr).text()).toContain("again and again; get it when it is at rest");
   });
 
+  test("renamed in mid-file on the server, so that there is none to start again with: the part stays", async () => {
+    await using it = await setUp();
+    const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
+    await waitFor("bytes have come", () => loggedBytes(it) > 4 << 20);
+    renameSync(it.source, `${it.source}-away`);
+    expect(await child.exited).toBe(3);
+    expect(loggedBytes(it)).toBeGreaterThan(4 << 20);
+    renameSync(`${it.source}-away`, it.source);
+    expect((await get(it)).status).toBe(0);
+    expectWhole(it);
+  });
+
   test("removed between two runs: not found, and the part stays", async () => {
     await using it = await setUp();
     const { log } = await getAndKill(it, 3 << 20);
@@ -318,6 +330,32 @@ describe("part and log", () => {
     expectWhole(it);
   });
 
+  test("the same without flock, by a file beside the part that goes with the download", async () => {
+    await using it = await setUp();
+    const env = { REPRISE_FFI: "0" };
+    const first = spawnClient(it.server.address, ["get", "big", "-d", it.folder], { env });
+    await waitFor("the first has begun", () => loggedBytes(it) > 0);
+    const second = await runClient(it.server.address, ["get", "big", "-d", it.folder], { env });
+    expect(second.status).toBe(7);
+    expect(second.errors).toContain(`is being written by process ${first.pid}`);
+    first.kill("SIGKILL");
+    await first.exited;
+    const third = await runClient(it.server.address, ["get", "big", "-d", it.folder], { env });
+    expect(third).toMatchObject({ status: 0, errors: "" });
+    expectWhole(it);
+  });
+
+  test("a part that was taken away or replaced under a download is not given its name", async () => {
+    await using it = await setUp();
+    const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
+    await waitFor("bytes have come", () => loggedBytes(it) > 1 << 20);
+    renameSync(it.part, `${it.part}-away`);
+    writeFileSync(it.part, "evil");
+    expect(await child.exited).toBe(7);
+    expect(existsSync(it.file)).toBe(false);
+    expect(await new Response(child.stderr).text()).toContain("something else took the name of its part");
+  });
+
   test("a log left behind by a download that had finished is removed", async () => {
     await using it = await setUp(["--limit-rate", "64M"]);
     const { log } = await getAndKill(it, 1 << 20);
@@ -339,7 +377,7 @@ describe("part and log", () => {
     const { log } = await getAndKill(nested, 1 << 20);
     const run = await runClient(it.server.address, [], { cwd: it.folder, stdin: "" });
     expect(run.status).toBe(0);
-    expect(run.errors).toContain("resuming client_root/deep/big at");
+    expect(run.errors).toContain(`resuming client_root/deep/big from ${it.server.address} at`);
     expect(gets(it.server).at(-1)!.offset).toBe(log.bytes);
     expectWhole(nested);
   });

@@ -4,7 +4,7 @@ import { openSync, readFileSync } from "node:fs";
 import { connect } from "node:net";
 import { join } from "node:path";
 import { Remote } from "../client.ts";
-import { encodeHello, encodeRequest, MAGIC, TO_THE_END } from "../protocol.ts";
+import { encodeHello, encodeRequest, TO_THE_END } from "../protocol.ts";
 import { StreamTarget } from "../resume.ts";
 import {
   connectRaw,
@@ -164,7 +164,6 @@ describe("requests", () => {
       expect(server.log.slice(before).map((line) => `${line.event} ${line.status}`)).toEqual(["close bad_frame"]);
     }
     expect((await runClient(server.address, ["cat", "a"])).output).toBe("fine");
-    expect(MAGIC).toBe(0x52505253);
   });
 });
 
@@ -207,6 +206,68 @@ describe("limits", () => {
     expect(stdout.length).toBe(300_000);
     // Not faster than the limit allows; how much slower is the machine's affair.
     expect(performance.now() - started).toBeGreaterThan(1000);
+  });
+
+  test("a low --limit-rate sends what is due when it is due (1K, and a rate that no chunk divides)", async () => {
+    using root = makeRoot({ a: randomBytes(2_500) });
+    await using slow = await startServer(root.path, { args: ["--limit-rate", "1K"] });
+    const run = await runClient(slow.address, ["cat", "a", "--timeout", "2", "--retries", "0"]);
+    expect([run.status, run.stdout.length]).toEqual([0, 2_500]);
+    writeLargeFile(join(root.path, "big"), 2 << 20);
+    await using odd = await startServer(root.path, { args: ["--limit-rate", "2.3M"] });
+    const child = spawnClient(odd.address, ["cat", "big", "--retries", "0"]);
+    let bytes = 0;
+    for await (const part of child.stdout) {
+      bytes += part.length;
+      await Bun.sleep(part.length / 1000);
+    }
+    expect([await child.exited, bytes]).toEqual([0, 2 << 20]);
+  });
+
+  test("--idle-timeout also ends a frame that comes byte by byte", async () => {
+    using root = makeRoot({});
+    await using server = await startServer(root.path, { args: ["--idle-timeout", "0.4"] });
+    using raw = await connectRaw(server.port);
+    const dripping = setInterval(() => raw.closed() || raw.socket.write(new Uint8Array(1)), 20);
+    await waitFor("it is closed", () => raw.closed());
+    clearInterval(dripping);
+  });
+
+  test("peers that announce large frames and drip hold up nobody else", async () => {
+    using root = makeRoot({ a: "1" });
+    await using server = await startServer(root.path, { args: ["--workers", "1"] });
+    const announced = encodeRequest({ action: "stat", path: "x".repeat(4000) }).subarray(0, 20);
+    const drippers = await Promise.all(Array.from({ length: 100 }, () => connectRaw(server.port)));
+    for (const { socket } of drippers) socket.write(announced);
+    const remote = remoteOf(server);
+    for (let round = 0; round < 20; round++) {
+      for (const { socket } of drippers) socket.write(new Uint8Array(1));
+      expect((await remote.stat("a")).size).toBe(1);
+    }
+    remote.close();
+    for (const dripper of drippers) dripper[Symbol.dispose]();
+  });
+
+  test("connections beyond --max-connections are told so, and then closed without a word", async () => {
+    using root = makeRoot({});
+    await using server = await startServer(root.path, { args: ["--workers", "1", "--max-connections", "5"] });
+    const all = await Promise.all(Array.from({ length: 300 }, () => connectRaw(server.port)));
+    await waitFor("most are closed", () => all.filter((raw) => raw.closed()).length >= 300 - 5 - 64);
+    expect(all.filter((raw) => !raw.closed()).length).toBeGreaterThanOrEqual(5);
+    for (const raw of all) raw[Symbol.dispose]();
+  });
+
+  test("descriptors that do not suffice for --max-connections lower it, and this is said", async () => {
+    using root = makeRoot({ a: "1" });
+    const command = `ulimit -n 300; exec "$0" "$1" "$2" --port 0 --workers 1 --log json`;
+    const child = Bun.spawn(["sh", "-c", command, process.execPath, join(HOME, "server.ts"), root.path], {
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    const errors = child.stderr.getReader();
+    expect(new TextDecoder().decode((await errors.read()).value)).toContain("taking 86");
+    await child.stdout.getReader().read();
+    child.kill("SIGINT");
+    expect(await child.exited).toBe(0);
   });
 
   test("a reader that stops costs a chunk: 200 of them leave others their speed and the worker its memory", async () => {
@@ -275,6 +336,27 @@ describe("signals", () => {
     expect(await stopped).toBe(0);
   });
 
+  test("SIGTERM to the whole process group is one SIGTERM", async () => {
+    using root = makeRoot({ a: randomBytes(2_000_000) });
+    await using server = await startServer(root.path, { args: ["--limit-rate", "2M", "--grace", "20"] });
+    const running = spawnClient(server.address, ["cat", "a", "--retries", "0"]);
+    const reader = running.stdout.getReader();
+    let bytes = (await reader.read()).value?.length ?? 0;
+    for (const pid of server.workers()) process.kill(pid, "SIGTERM");
+    const stopped = server.stop("SIGTERM");
+    for (let part = await reader.read(); !part.done; part = await reader.read()) bytes += part.value.length;
+    expect([await running.exited, bytes, await stopped]).toEqual([0, 2_000_000, 0]);
+  });
+
+  test("a worker that hangs does not keep the server from ending", async () => {
+    using root = makeRoot({});
+    await using server = await startServer(root.path, { args: ["--grace", "0.1"] });
+    const workers = server.workers();
+    process.kill(workers[0]!, "SIGSTOP");
+    expect(await server.stop("SIGTERM")).toBe(0);
+    await waitFor("no worker is left", () => workers.every((pid) => !isAlive(pid)));
+  });
+
   test("SIGTERM ends what outlives --grace, in words, and a second SIGTERM at once", async () => {
     using root = makeRoot({});
     writeLargeFile(join(root.path, "big"), 64 << 20);
@@ -320,6 +402,21 @@ describe("signals", () => {
     await waitFor("the workers are gone", () => workers.every((pid) => !isAlive(pid)));
     expect(workers.length).toBe(2);
   });
+});
+
+test.each(["json", "pretty"])("a log that cannot be written loses lines, not clients (%s)", async (format) => {
+  using root = makeRoot({ a: "1" });
+  const command = `exec "$0" "$1" "$2" --port 0 --workers 1 --log ${format} 2>/dev/full`;
+  const child = Bun.spawn(["sh", "-c", command, process.execPath, join(HOME, "server.ts"), root.path], {
+    stdio: ["ignore", "pipe", "ignore"],
+  });
+  const first = new TextDecoder().decode((await child.stdout.getReader().read()).value);
+  const address = first.trim().replace("listening tcp://", "");
+  for (let round = 0; round < 5; round++) {
+    expect((await runClient(address, ["cat", "a", "--retries", "0"])).output).toBe("1");
+  }
+  child.kill("SIGINT");
+  expect(await child.exited).toBe(0);
 });
 
 test("without the C library the server reads and writes, and gives the same bytes", async () => {

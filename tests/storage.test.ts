@@ -161,6 +161,15 @@ describe("list()", () => {
     const names = (await Array.fromAsync(root.list("", true))).map((entry) => entry.path);
     expect(names.sort()).toEqual(["empty", "file", "sub", "sub/a b é 🎈.txt", "sub/deeper", "sub/deeper/x"]);
   });
+  test("leaves out what is too long to ask for, and goes on", async () => {
+    const chdir = `cd ${path}/sub && for i in $(seq 20); do mkdir ${"d".repeat(250)} && cd ${"d".repeat(250)} || exit 1; done; touch end`;
+    spawnSync("sh", ["-c", chdir]);
+    const names = (await Array.fromAsync(root.list("", true))).map((entry) => entry.path);
+    expect(names).toContain("sub/deeper/x");
+    expect(Math.max(...names.map((name) => Buffer.byteLength(name)))).toBeLessThanOrEqual(4096);
+    spawnSync("rm", ["-rf", join(path, "sub", "d".repeat(250))]);
+  });
+
   test("refuses a file, a link and what is not there", async () => {
     expect(await codeOf(Array.fromAsync(root.list("file", false)))).toBe("not_a_folder");
     expect(["refused", "not_found", "not_a_folder"]).toContain(
