@@ -251,8 +251,10 @@ describe("limits", () => {
   test("connections beyond --max-connections are told so, and then closed without a word", async () => {
     using root = makeRoot({});
     await using server = await startServer(root.path, { args: ["--workers", "1", "--max-connections", "5"] });
-    const all = await Promise.all(Array.from({ length: 300 }, () => connectRaw(server.port)));
-    await waitFor("most are closed", () => all.filter((raw) => raw.closed()).length >= 300 - 5 - 64);
+    const tried = await Promise.allSettled(Array.from({ length: 300 }, () => connectRaw(server.port)));
+    // Some are closed before they know that they were connected.
+    const all = tried.flatMap((one) => (one.status === "fulfilled" ? [one.value] : []));
+    await waitFor("most are closed", () => all.filter((raw) => !raw.closed()).length <= 5 + 64);
     expect(all.filter((raw) => !raw.closed()).length).toBeGreaterThanOrEqual(5);
     for (const raw of all) raw[Symbol.dispose]();
   });
