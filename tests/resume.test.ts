@@ -384,16 +384,21 @@ describe("part and log", () => {
 });
 
 describe("the wire", () => {
-  test("one flipped bit in a chunk is found, asked again, and the file is right", async () => {
-    await using it = await setUp([]);
-    using proxy = startProxy({
-      target: it.server.port,
+  /** On the first connection, in the middle of some content. */
+  function flipOneBit(server: Server) {
+    return startProxy({
+      target: server.port,
       toClient(bytes, offset, connection) {
         const at = 10_000_000 - offset;
         if (connection === 1 && at >= 0 && at < bytes.length) bytes[at]! ^= 0x10;
         return bytes;
       },
     });
+  }
+
+  test("one flipped bit in a chunk is found, asked again, and the file is right", async () => {
+    await using it = await setUp([]);
+    using proxy = flipOneBit(it.server);
     const run = await runClient(proxy.address, ["get", "big", "-d", it.folder]);
     expect(run.status).toBe(0);
     expect(run.errors).toContain("damaged on the way");
@@ -403,14 +408,7 @@ describe("the wire", () => {
 
   test("to stdout likewise, with not one wrong byte given out", async () => {
     await using it = await setUp([]);
-    using proxy = startProxy({
-      target: it.server.port,
-      toClient(bytes, offset, connection) {
-        const at = 10_000_000 - offset;
-        if (connection === 1 && at >= 0 && at < bytes.length) bytes[at]! ^= 0x10;
-        return bytes;
-      },
-    });
+    using proxy = flipOneBit(it.server);
     const run = await runClient(proxy.address, ["cat", "big"]);
     expect(run.status).toBe(0);
     expect(new Bun.CryptoHasher("sha256").update(run.stdout).digest("hex")).toBe(it.digest);

@@ -311,6 +311,7 @@ describe("signals", () => {
     const clients = await withDownloads(server, 20);
     expect(await server.stop("SIGINT")).toBe(0);
     expect(workers.filter(isAlive)).toEqual([]);
+    expect(connectionsTo(server.port)).toBe(0);
     for (const client of clients) {
       await new Response(client.stdout).bytes();
       expect(await client.exited).toBe(8);
@@ -374,6 +375,8 @@ describe("signals", () => {
       }
       expect(await server.stop("SIGTERM")).toBe(0);
       await reading;
+      const errors = await new Response(client.stderr).text();
+      if (signals.length === 1) expect(errors).toContain("the server is stopping");
       expect([8, 9]).toContain(await client.exited);
     }
   });
