@@ -165,10 +165,12 @@ const status = command({
   }),
 });
 
+const commands = { get, cat, ls, stat, resume, status };
+
 export const main: Command = command({
   meta: { name: "client.ts", version, description: "reprise client: files, whole, through any interruption" },
   args: { ...common, ...destination },
-  subCommands: { get, cat, ls, stat, resume, status },
+  subCommands: commands,
   run: withContext(async (context, args) => {
     const unresumed = await resumeFirst(context, args);
     await readPrompt(context, args);
@@ -325,10 +327,12 @@ async function transfer(
 ): Promise<{ meta: Meta; offset: number }> {
   const line = showsProgress() ? new (await import("./terminal.ts")).ProgressLine(basename(path)) : undefined;
   let done = false;
-  let offset = 0;
+  let offset = Number.POSITIVE_INFINITY;
   try {
     const meta = await context.remote.download(path, target, {
       begin(meta, from) {
+        // Where an attempt goes on is no news, unless it is further back: then all was started again.
+        if (from >= offset) return;
         offset = from;
         line?.begin(from, meta.size);
       },
@@ -489,10 +493,7 @@ async function readPrompt(outer: Context, args: Args): Promise<void> {
 const promptMain = command({
   ...main,
   subCommands: Object.fromEntries(
-    Object.entries({ get, cat, ls, stat, resume, status }).map(([name, definition]) => [
-      name,
-      withoutCommon(definition),
-    ]),
+    Object.entries(commands).map(([name, definition]) => [name, withoutCommon(definition)]),
   ),
 });
 

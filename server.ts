@@ -533,7 +533,7 @@ class Supervisor {
     const again = this.#stopping;
     this.#stopping = true;
     const order: Order = signal === "SIGINT" || again ? "stop" : "drain";
-    for (const child of this.#workers.values()) child.send(order);
+    for (const child of this.#workers.values()) tell(child, order);
     if (this.#workers.size === 0) this.#done.resolve(0);
     // A worker that hangs is not waited for.
     setTimeout(() => this.#kill(), order === "stop" ? STOP_MS : this.#settings.graceMs + 2 * STOP_MS);
@@ -556,6 +556,15 @@ class Supervisor {
     await print(`listening tcp://${formatAddress(host, port)}`);
     const onlyHere = /^(127\.|::1$|localhost$)/.test(host);
     say("info", `serving ${quote(root)}${onlyHere ? " to this machine only; --host 0.0.0.0 opens it to others" : ""}`);
+  }
+}
+
+/** A worker that can't be told any more is ended without. */
+function tell(child: Subprocess, order: Order): void {
+  try {
+    child.send(order);
+  } catch {
+    child.kill("SIGKILL");
   }
 }
 
