@@ -107,6 +107,8 @@ class WriteQueue {
 
   /** Takes the chunk over. Waits, and so holds up the sender, while enough is waiting for one write. */
   async append(chunk: Uint8Array, crc32: number, free: Release): Promise<void> {
+    // After a failure nothing more is taken: it would stand where the lost chunk belongs.
+    if (this.#failure) throw this.#failure;
     const eager = this.#writing ? 0 : this.#writeEagerly(chunk);
     if (eager === chunk.length) return free(chunk);
     chunk = chunk.subarray(eager);

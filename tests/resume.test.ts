@@ -8,12 +8,13 @@ import {
   readdirSync,
   readFileSync,
   renameSync,
+  rmSync,
   truncateSync,
   writeFileSync,
   writeSync,
 } from "node:fs";
 import { join } from "node:path";
-import type { ResumeLog } from "../resume.ts";
+import { PartFile, type ResumeLog } from "../resume.ts";
 import {
   makeRoot,
   randomBytes,
@@ -485,6 +486,31 @@ describe("the wire", () => {
 
 const canMount = process.getuid?.() === 0 && Bun.which("mount") !== null;
 if (!canMount) console.log("skipped: the disk-full test mounts a tmpfs, which needs root");
+test.skipIf(!canMount)(
+  "a write that failed is not followed by another in its place, though there is room again",
+  async () => {
+    using small = temporaryFolder();
+    const mounted = Bun.spawnSync(["mount", "-t", "tmpfs", "-o", "size=3M", "none", small.path]);
+    if (mounted.exitCode !== 0) return console.log("skipped: this machine does not let root mount a tmpfs");
+    try {
+      const filler = join(small.path, "filler");
+      writeFileSync(filler, new Uint8Array(1 << 20));
+      const part = PartFile.open(join(small.path, "big"), "big", "server", () => {});
+      part.begin({ kind: "file", size: 4 << 20, mtime: 0, etag: "e" });
+      const failed = Promise.withResolvers<void>();
+      await part.append(new Uint8Array(2_500_000), 0, () => failed.resolve()).catch(() => {});
+      await failed.promise;
+      rmSync(filler);
+      await expect(part.append(new Uint8Array(1000), 0, () => {})).rejects.toThrow("the disk is full");
+      await expect(part.settle()).rejects.toThrow("the disk is full");
+      expect(part.bytes).toBe(0);
+      part.close();
+    } finally {
+      Bun.spawnSync(["umount", small.path]);
+    }
+  },
+);
+
 test.skipIf(!canMount)("a full disk: status 7, and goes on when there is room", async () => {
   await using it = await setUp([]);
   using small = temporaryFolder();

@@ -158,6 +158,7 @@ async function slowReaders(port: number, worker: number): Promise<number> {
 // ---------------------------------------------------------------------------------------------------- run
 
 using folder = temporaryFolder();
+using own = temporaryFolder();
 using memory = temporaryFolder(existsSync("/dev/shm") ? "/dev/shm" : undefined);
 const root = folder.path;
 for (const [name, size] of [
@@ -184,7 +185,7 @@ console.log(`${cpus().length} cores, ${cpus()[0]?.model}; a file of ${formatSize
 
 await using server = await startServer(root);
 await using single = await startServer(root, { args: ["--workers", "1"] });
-const other = versions.nginx && versions.curl ? await startNginx(root, temporaryFolder().path) : undefined;
+const other = versions.nginx && versions.curl ? await startNginx(root, own.path) : undefined;
 const reprise = (name: string, output: string) =>
   time([process.execPath, join(HOME, "client.ts"), "get", name, "-o", output, "-q"], {
     REPRISE_SERVER: server.address,
