@@ -111,7 +111,8 @@ export class Remote {
           break;
         }
         count += answer.entries.length;
-        yield* answer.entries;
+        // Not `yield*`, which in an async generator takes two thirds longer.
+        for (const entry of answer.entries) yield entry;
       }
       complete = true;
     } finally {
