@@ -23,6 +23,27 @@ export interface Libc {
   isTerminal(file: number): boolean;
 }
 
+/** What a listing needs. Bound on its own, because an old C library has the calls of `Libc` and not all of these. */
+export interface FolderCalls {
+  /** getdents64(2): bytes of records put into `into`, laid out as `Dirent` says, 0 at the end, or -errno. */
+  readFolder(folder: number, into: Uint8Array): number;
+  /** statx(2) of the name that starts at `at` in `names` and ends with a NUL, following no link; or -errno. */
+  statAt(folder: number, names: Uint8Array, at: number): Stat | number;
+}
+
+export interface Stat {
+  kind: "file" | "folder" | "other";
+  /** Bytes. */
+  size: number;
+  /** Microseconds since 1970, possibly negative; cut towards zero. */
+  mtime: number;
+}
+
+/** Places in a record of getdents64: its length u16, the kind of the entry u8, its name up to a NUL. */
+export const Dirent = { lengthAt: 16, kindAt: 18, nameAt: 19 } as const;
+/** Kinds in such a record: not every file system tells. */
+export const DirentKind = { unknown: 0, folder: 4, file: 8 } as const;
+
 /** Linux numbers, the same on x86-64 and arm64. */
 export const Errno = {
   EPERM: 1,
@@ -51,19 +72,37 @@ const LOCK_EX_NB = 2 | 4;
 const O_PATH_NOFOLLOW_CLOEXEC = 0o10000000 | 0o400000 | 0o2000000;
 /** RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH */
 const RESOLVE_STRICTLY_BENEATH = 0x02 | 0x04 | 0x08;
+/** AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT */
+const AT_THE_NAME_ITSELF = 0x100 | 0x800;
+/** STATX_TYPE | STATX_MTIME | STATX_SIZE */
+const STATX_WANTED = 0x1 | 0x40 | 0x200;
+const STATX_BYTES = 256;
+/** Places in what statx fills in, the same on every architecture. */
+const Statx = { mode: 28, size: 40, mtimeSeconds: 112, mtimeNanoseconds: 120 } as const;
+const S_IFMT = 0o170000;
+const S_IFREG = 0o100000;
+const S_IFDIR = 0o040000;
 
 let loaded: Libc | null | undefined;
+let folderCallsLoaded: FolderCalls | null | undefined;
 
 /** Loaded at the first call, because that costs 2 ms and a small download may need none of it. */
 export function libc(): Libc | null {
-  loaded ??= process.env.REPRISE_FFI === "0" || process.platform !== "linux" ? null : load();
+  if (loaded === undefined) loaded = load(bind);
   return loaded;
 }
 
-function load(): Libc | null {
+/** The same for listings. */
+export function folderCalls(): FolderCalls | null {
+  if (folderCallsLoaded === undefined) folderCallsLoaded = load(bindFolderCalls);
+  return folderCallsLoaded;
+}
+
+function load<T>(bindTo: (name: string) => T): T | null {
+  if (process.env.REPRISE_FFI === "0" || process.platform !== "linux") return null;
   for (const name of ["libc.so.6", `libc.musl-${process.arch === "arm64" ? "aarch64" : "x86_64"}.so.1`]) {
     try {
-      return bind(name);
+      return bindTo(name);
     } catch {
       // Not this C library; without any, the stand-ins serve.
     }
@@ -112,4 +151,47 @@ function bind(name: string): Libc {
     },
     isTerminal: (file) => c.isatty(file) === 1,
   };
+}
+
+function bindFolderCalls(name: string): FolderCalls {
+  const { dlopen, FFIType, ptr: pointerTo, read } = require("bun:ffi") as typeof import("bun:ffi");
+  const { i32, u64, ptr } = FFIType;
+  const types = { args: [i32, ptr, u64], returns: i32 } as const;
+  // The same call: musl keeps the longer name for old programs only, where dlsym does not find it.
+  const getdents = name.startsWith("libc.musl")
+    ? dlopen(name, { getdents: types }).symbols.getdents
+    : dlopen(name, { getdents64: types }).symbols.getdents64;
+  const { symbols: c } = dlopen(name, {
+    statx: { args: [i32, ptr, i32, i32, ptr], returns: i32 },
+    __errno_location: { args: [], returns: ptr },
+  });
+  const errnoAt = c.__errno_location() as Pointer;
+  const stat = new Uint8Array(STATX_BYTES);
+  const view = new DataView(stat.buffer);
+  return {
+    readFolder(folder, into) {
+      const count = getdents(folder, into, into.length);
+      return count < 0 ? -read.i32(errnoAt) : count;
+    },
+    statAt(folder, names, at) {
+      const name = (pointerTo(names) + at) as Pointer;
+      return c.statx(folder, name, AT_THE_NAME_ITSELF, STATX_WANTED, stat) < 0 ? -read.i32(errnoAt) : readStat(view);
+    },
+  };
+}
+
+function readStat(view: DataView): Stat {
+  const type = view.getUint16(Statx.mode, true) & S_IFMT;
+  const kind = type === S_IFREG ? "file" : type === S_IFDIR ? "folder" : "other";
+  const size = view.getUint32(Statx.size, true) + view.getUint32(Statx.size + 4, true) * 2 ** 32;
+  return { kind, size, mtime: readTime(view) };
+}
+
+/** Nanoseconds count forward, before 1970 as well: there, cutting towards zero is rounding up. */
+function readTime(view: DataView): number {
+  const at = Statx.mtimeSeconds;
+  const seconds = view.getUint32(at, true) + view.getInt32(at + 4, true) * 2 ** 32;
+  const nanoseconds = view.getUint32(Statx.mtimeNanoseconds, true);
+  const below = seconds * 1_000_000 + Math.floor(nanoseconds / 1000);
+  return below < 0 && nanoseconds % 1000 > 0 ? below + 1 : below;
 }
