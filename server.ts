@@ -282,11 +282,13 @@ class Session {
   async #list(path: string, recursive: boolean): Promise<void> {
     const frames = new EntriesEncoder();
     let count = 0;
-    for await (const entry of this.#worker.root.list(path, recursive)) {
+    for await (const entries of this.#worker.root.list(path, recursive)) {
       if (this.#worker.stopping) throw new RepriseError("shutting_down");
-      const frame = frames.add(entry);
-      count++;
-      if (frame) await this.#send(frame);
+      for (const entry of entries) {
+        const frame = frames.add(entry);
+        if (frame) await this.#send(frame);
+      }
+      count += entries.length;
     }
     const rest = frames.rest();
     if (rest) await this.#send(rest);

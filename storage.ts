@@ -9,10 +9,20 @@
  * after each read. A change within the clock tick of the one before would leave no trace in it; so a file that changed
  * less than `SETTLE_MS` ago is looked at again after that time, before anything is said of it.
  */
+import { isUtf8 } from "node:buffer";
 import { type BigIntStats, closeSync, constants, fstatSync, lstatSync, openSync, read as readLater } from "node:fs";
-import { opendir } from "node:fs/promises";
-import { Errno, libc } from "./libc.ts";
-import { crc32Combine, type Entry, MAX_PATH_BYTES, type Meta, quote, RepriseError, splitPath } from "./protocol.ts";
+import { readdir } from "node:fs/promises";
+import { Dirent, DirentKind, Errno, type FolderCalls, folderCalls, libc, type Stat } from "./libc.ts";
+import {
+  BufferPool,
+  crc32Combine,
+  type Entry,
+  MAX_PATH_BYTES,
+  type Meta,
+  quote,
+  RepriseError,
+  splitPath,
+} from "./protocol.ts";
 
 /** Two ticks of the slowest usual kernel clock (100 Hz). */
 const SETTLE_MS = 20;
@@ -24,6 +34,12 @@ const PIECE_BYTES = 256 * 1024;
 const MAX_KEPT_SUMS = 1024 * 1024;
 /** And for so many files at the most: each costs more than its sums when they are few. */
 const MAX_KEPT_FILES = 4096;
+/** Of a folder's records at a time, about a thousand: glibc's own readdir takes as many. */
+const FOLDER_BUFFER_BYTES = 32 * 1024;
+/** A listing lets others run after this long; each entry costs a look at its inode. */
+const TURN_MS = 4;
+/** What stands in a string for bytes that are not UTF-8. */
+const REPLACEMENT = "\ufffd";
 const O_PATH = 0o10000000;
 
 export interface Root {
@@ -31,8 +47,11 @@ export interface Root {
   stat(path: string): Promise<Meta>;
   /** Throws `not_a_file` as well. The caller closes what it gets. */
   open(path: string): Promise<OpenFile>;
-  /** The entries of a folder as they come, with those of the folders below it if `recursive`. Throws `not_a_folder`. */
-  list(path: string, recursive: boolean): AsyncIterable<Entry>;
+  /**
+   * The entries of a folder as they come, with those of the folders below it if `recursive`, as many at a time as can
+   * be had without holding up others. Throws `not_a_folder`.
+   */
+  list(path: string, recursive: boolean): AsyncIterable<Entry[]>;
   close(): void;
 }
 
@@ -95,26 +114,44 @@ class FolderRoot implements Root {
     }
   }
 
-  async *list(path: string, recursive: boolean, prefix = ""): AsyncGenerator<Entry> {
-    const at = this.#locate(path);
+  list(path: string, recursive: boolean): AsyncGenerator<Entry[]> {
+    return this.#list(path, "", recursive, new Turn());
+  }
+
+  /** The folder `below`, relative to `path`, which is the one that was asked for. */
+  async *#list(path: string, below: string, recursive: boolean, turn: Turn): AsyncGenerator<Entry[]> {
+    // Here too, for the sake of folders without an entry.
+    if (turn.isOver) await turn.next();
+    const whole = join(path, below);
+    const folder = this.#openFolder(whole);
     try {
-      if (!fstatSync(at).isDirectory()) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
-      for await (const name of namesIn(at, path)) {
-        const entry = entryAt(at, name, prefix);
-        if (entry) yield entry;
-        if (recursive && entry?.kind === "folder") yield* this.#listBelow(path, name, entry.path);
+      const prefix = below === "" ? "" : `${below}/`;
+      for await (const entries of inTurns(await entriesIn(folder, whole, prefix), turn)) {
+        yield entries;
+        if (!recursive) continue;
+        for (const entry of entries) if (entry.kind === "folder") yield* this.#listBelow(path, entry.path, turn);
       }
     } finally {
-      closeSync(at);
+      closeSync(folder);
     }
   }
 
   /** A folder that went away meanwhile, or may not be read, is left out: the others are still true. */
-  async *#listBelow(path: string, name: string, prefix: string): AsyncGenerator<Entry> {
+  async *#listBelow(path: string, below: string, turn: Turn): AsyncGenerator<Entry[]> {
     try {
-      yield* this.list(path === "" ? name : `${path}/${name}`, true, `${prefix}/`);
+      yield* this.#list(path, below, true, turn);
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
+    }
+  }
+
+  #openFolder(path: string): number {
+    const at = this.#locate(path);
+    try {
+      if (!fstatSync(at).isDirectory()) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
+      return openForReading(at, path);
+    } finally {
+      closeSync(at);
     }
   }
 
@@ -273,27 +310,121 @@ function openForReading(fd: number, path: string): number {
   }
 }
 
-async function* namesIn(folder: number, path: string): AsyncGenerator<string> {
-  try {
-    for await (const { name } of await opendir(beneath(folder))) yield name;
-  } catch (error) {
-    throw error instanceof RepriseError ? error : errorFor(errorNumber(error), path);
+function join(folder: string, below: string): string {
+  return folder === "" || below === "" ? folder + below : `${folder}/${below}`;
+}
+
+// ---------------------------------------------------------------------------------------------------- entries
+
+/** Cuts what may be a million entries into stretches of `TURN_MS`. */
+class Turn {
+  #endsAt = performance.now() + TURN_MS;
+
+  get isOver(): boolean {
+    return performance.now() >= this.#endsAt;
+  }
+
+  async next(): Promise<void> {
+    await new Promise((resolve) => setImmediate(resolve));
+    this.#endsAt = performance.now() + TURN_MS;
   }
 }
 
-/** Undefined for what is not shown: hidden names, names too long to ask for, links, devices, what went away meanwhile. */
-function entryAt(folder: number, name: string, prefix: string): Entry | undefined {
-  if (isHidden(name) || /[\r\n]/.test(name)) return undefined;
-  if (Buffer.byteLength(prefix + name) > MAX_PATH_BYTES) return undefined;
+/** Arrays, because an async generator costs more for each step than all else for an entry. */
+async function* inTurns(found: Iterable<Entry | undefined>, turn: Turn): AsyncGenerator<Entry[]> {
+  let entries: Entry[] = [];
+  for (const entry of found) {
+    if (entry) entries.push(entry);
+    if (!turn.isOver) continue;
+    if (entries.length > 0) yield entries;
+    entries = [];
+    await turn.next();
+  }
+  if (entries.length > 0) yield entries;
+}
+
+/** Undefined for each name that is not shown: hidden, not to be asked for, a link, a device, or gone meanwhile. */
+async function entriesIn(folder: number, path: string, prefix: string): Promise<Iterable<Entry | undefined>> {
+  const calls = folderCalls();
+  if (calls) return readEntries(calls, folder, path, prefix);
   try {
-    const stat = lstatSync(`${beneath(folder)}/${name}`, { bigint: true });
-    if (!stat.isFile() && !stat.isDirectory()) return undefined;
-    const { kind, size, mtime } = metaOf(stat, name);
+    return lookUpEntries(folder, await readdir(beneath(folder)), prefix);
+  } catch (error) {
+    throw errorFor(errorNumber(error), path);
+  }
+}
+
+/** By getdents64 and statx: a buffer full at a time, however large the folder is. */
+function* readEntries(calls: FolderCalls, folder: number, path: string, prefix: string): Generator<Entry | undefined> {
+  const buffer = folderBuffers.take(FOLDER_BUFFER_BYTES)!;
+  const records = Buffer.from(buffer.buffer);
+  try {
+    for (;;) {
+      const end = calls.readFolder(folder, records);
+      if (end === 0) return;
+      if (end < 0 && end !== -Errno.EINTR) throw errorFor(-end, path);
+      for (let at = 0; at < end; at += records.readUInt16LE(at + Dirent.lengthAt)) {
+        yield readEntry(calls, folder, records, at, prefix);
+      }
+    }
+  } finally {
+    folderBuffers.give(buffer);
+  }
+}
+
+const folderBuffers = new BufferPool(FOLDER_BUFFER_BYTES);
+
+function readEntry(calls: FolderCalls, folder: number, records: Buffer, at: number, prefix: string): Entry | undefined {
+  const type = records[at + Dirent.kindAt];
+  if (type !== DirentKind.file && type !== DirentKind.folder && type !== DirentKind.unknown) return undefined;
+  const start = at + Dirent.nameAt;
+  const end = records.indexOf(0, start);
+  const name = records.toString("utf8", start, end);
+  if (!isShown(name, prefix)) return undefined;
+  if (name.includes(REPLACEMENT) && !isUtf8(records.subarray(start, end))) return undefined;
+  const stat = calls.statAt(folder, records, start);
+  // Such calls are known to be forbidden to containers.
+  if (stat === -Errno.ENOSYS || stat === -Errno.EPERM) return entryAt(folder, name, prefix);
+  return typeof stat === "number" ? unlessGone(-stat, prefix + name) : entryOf(stat, prefix + name);
+}
+
+function entryOf({ kind, size, mtime }: Stat, path: string): Entry | undefined {
+  if (kind === "other") return undefined;
+  return { kind, size: kind === "folder" ? 0 : size, mtime, path };
+}
+
+/**
+ * The stand-in, by node:fs, which gives a folder's names all at once. Names that are not UTF-8 come with U+FFFD in them
+ * and are not found by that; but should there be a name with a true one, it may come more than once.
+ */
+function* lookUpEntries(folder: number, names: string[], prefix: string): Generator<Entry | undefined> {
+  const seen = new Set<string>();
+  for (const name of names) {
+    if (seen.has(name) || !isShown(name, prefix)) yield undefined;
+    else yield entryAt(folder, name, prefix);
+    if (name.includes(REPLACEMENT)) seen.add(name);
+  }
+}
+
+function entryAt(folder: number, name: string, prefix: string): Entry | undefined {
+  try {
+    const { kind, size, mtime } = metaOf(lstatSync(`${beneath(folder)}/${name}`, { bigint: true }), name);
     return { kind, size, mtime, path: prefix + name };
   } catch (error) {
-    if (error instanceof RepriseError || ["ENOENT", "EACCES"].includes(errorCode(error))) return undefined;
-    throw error;
+    if (error instanceof RepriseError) return undefined;
+    return unlessGone(errorNumber(error), prefix + name);
   }
+}
+
+/** What went away meanwhile, or may not be looked at, is left out; whatever else happens is no answer. */
+function unlessGone(errno: number, path: string): undefined {
+  if (errno !== Errno.ENOENT && errno !== Errno.EACCES) throw errorFor(errno, path);
+}
+
+/** Not shown are hidden names and those that can't be asked for. */
+function isShown(name: string, prefix: string): boolean {
+  if (name === "." || name === ".." || isHidden(name) || /[\r\n]/.test(name)) return false;
+  return Buffer.byteLength(prefix + name) <= MAX_PATH_BYTES;
 }
 
 // ---------------------------------------------------------------------------------------------------- versions

@@ -4,6 +4,7 @@ import { spawnSync } from "node:child_process";
 import {
   appendFileSync,
   closeSync,
+  existsSync,
   mkdirSync,
   openSync,
   renameSync,
@@ -154,17 +155,17 @@ test("a name swapped for a link while it is opened never leads outside (5,000 ra
 
 describe("list()", () => {
   test("shows files and folders, and neither hidden names nor links nor devices", async () => {
-    const names = (await Array.fromAsync(root.list("", false))).map((entry) => `${entry.kind} ${entry.path}`);
+    const names = (await Array.fromAsync(root.list("", false))).flat().map((entry) => `${entry.kind} ${entry.path}`);
     expect(names.sort()).toEqual(["file empty", "file file", "folder sub"]);
   });
   test("goes into the folders below (recursive)", async () => {
-    const names = (await Array.fromAsync(root.list("", true))).map((entry) => entry.path);
+    const names = (await Array.fromAsync(root.list("", true))).flat().map((entry) => entry.path);
     expect(names.sort()).toEqual(["empty", "file", "sub", "sub/a b é 🎈.txt", "sub/deeper", "sub/deeper/x"]);
   });
   test("leaves out what is too long to ask for, and goes on", async () => {
     const chdir = `cd ${path}/sub && for i in $(seq 20); do mkdir ${"d".repeat(250)} && cd ${"d".repeat(250)} || exit 1; done; touch end`;
     spawnSync("sh", ["-c", chdir]);
-    const names = (await Array.fromAsync(root.list("", true))).map((entry) => entry.path);
+    const names = (await Array.fromAsync(root.list("", true))).flat().map((entry) => entry.path);
     expect(names).toContain("sub/deeper/x");
     expect(Math.max(...names.map((name) => Buffer.byteLength(name)))).toBeLessThanOrEqual(4096);
     spawnSync("rm", ["-rf", join(path, "sub", "d".repeat(250))]);
@@ -176,6 +177,124 @@ describe("list()", () => {
       await codeOf(Array.fromAsync(root.list("link-folder", false))),
     );
     expect(await codeOf(Array.fromAsync(root.list("no", false)))).toBe("not_found");
+  });
+});
+
+/** Where 200,000 files are made in a second; a disk takes ten. */
+const MEMORY = existsSync("/dev/shm") ? "/dev/shm" : undefined;
+
+/** What listings in a process of their own begin with, with the C library or without. */
+const LIST_SCRIPT = `
+  import { readFileSync } from "node:fs";
+  import { folderCalls } from "${HOME}/libc.ts";
+  import { openFolder } from "${HOME}/storage.ts";
+  if ((folderCalls() === null) !== (process.env.REPRISE_FFI === "0")) throw new Error("not the way that was asked for");
+  const peakBytes = () => Number(/VmHWM:\\s+(\\d+)/.exec(readFileSync("/proc/self/status", "utf8"))[1]) * 1024;
+  const root = openFolder(process.argv[1]);
+  const entriesOf = async (path) => (await Array.fromAsync(root.list(path, true))).flat();`;
+
+function listingProcess(script: string, root: string, ffi: "0" | "1", limits = ":"): string {
+  const command = ["-c", `${limits}; exec "$0" -e "$1" "$2"`, process.execPath, LIST_SCRIPT + script, root];
+  const { stdout, stderr } = spawnSync("sh", command, {
+    env: { ...process.env, REPRISE_FFI: ffi },
+    maxBuffer: 64 * 1024 * 1024,
+  });
+  expect(`${stderr}`).toBe("");
+  return `${stdout}`;
+}
+
+function makeFiles(folder: string, count: number): void {
+  mkdirSync(folder, { recursive: true });
+  for (let number = 0; number < count; number++) closeSync(openSync(join(folder, `file-${number}`), "w"));
+}
+
+describe.each(["1", "0"] as const)("list() of odd things (REPRISE_FFI=%s)", (ffi) => {
+  const odd = temporaryFolder(MEMORY);
+  afterAll(() => odd[Symbol.dispose]());
+
+  /** A file has as many bytes as its name has characters. Names to be left out are given as latin1. */
+  const shown = [
+    "a b",
+    "ünï",
+    "e\u0301",
+    "\ufeffbom",
+    "\ufffd",
+    "a\ufffd",
+    "🎈",
+    "x.party",
+    "..x",
+    "-",
+    "\\",
+    "\t",
+    "\x1b",
+  ];
+  const long = ["n".repeat(255), "é".repeat(127), "🎈".repeat(63)];
+  const leftOut = ["a\n", "\r", "a.part", ".part", "\xff", "a\xff", "a\xe9b", "\xed\xa0\x80", "\xc0\xaf"];
+
+  test("every name that can be asked for is there once, and no other", async () => {
+    const path = join(odd.path, "names");
+    mkdirSync(join(path, "empty", "empty"), { recursive: true });
+    mkdirSync(join(path, ".reprise"));
+    mkdirSync(join(path, "hidden.part"));
+    for (const name of [...shown, ...long]) writeFileSync(join(path, name), "x".repeat(name.length));
+    for (const name of leftOut) writeFileSync(Buffer.from(`${path}/${name}`, "latin1"), "left out");
+    for (const name of [".reprise/own", "hidden.part/own"]) writeFileSync(join(path, name), "left out");
+    symlinkSync("a b", join(path, "link"));
+    symlinkSync("empty", join(path, "link-to-folder"));
+    symlinkSync("nowhere", join(path, "link-to-nothing"));
+    spawnSync("mkfifo", [join(path, "fifo")]);
+    for (const name of [...shown, ...long, "empty/empty", "empty"]) utimesSync(join(path, name), 1, 1);
+
+    const found = JSON.parse(listingProcess("console.log(JSON.stringify(await entriesOf('')));", path, ffi));
+    const files = [...shown, ...long].map((name) => ({ kind: "file", size: name.length, path: name }));
+    const folders = ["empty", "empty/empty"].map((name) => ({ kind: "folder", size: 0, path: name }));
+    const expected = [...files, ...folders].map((entry) => ({ ...entry, mtime: 1_000_000 }));
+    const byPath = (a: { path: string }, b: { path: string }) => (a.path < b.path ? -1 : 1);
+    expect(found.sort(byPath)).toEqual(expected.sort(byPath));
+  });
+
+  test("10,000 entries in one folder, and as many in folders a hundred deep, are each there once", () => {
+    const path = join(odd.path, "many");
+    makeFiles(join(path, "wide"), 10_000);
+    for (let depth = 0, at = path; depth < 100; depth++, at = join(at, "d")) makeFiles(at, 100);
+    const script = `
+      const paths = (await entriesOf("")).map(({ path }) => path);
+      console.log(paths.length, new Set(paths).size, Math.max(...paths.map((path) => path.split("/").length)));`;
+    expect(listingProcess(script, path, ffi)).toBe("20100 20100 100\n");
+  });
+});
+
+describe("list() of 200,000 entries", () => {
+  const large = temporaryFolder(MEMORY);
+  beforeAll(() => makeFiles(large.path, 200_000));
+  afterAll(() => large[Symbol.dispose]());
+
+  test("gives the first before it has read the last, and little memory goes into it", () => {
+    const script = `
+      const before = peakBytes();
+      for await (const entries of root.list("", false)) {
+        console.log(JSON.stringify({ first: entries.length, bytes: peakBytes() - before }));
+        break;
+      }`;
+    const { first, bytes } = JSON.parse(listingProcess(script, large.path, "1"));
+    expect(first).toBeWithin(1, 20_000);
+    // 4.6 MB were seen; all the names at once are 30 MB.
+    expect(bytes).toBeLessThan(15_000_000);
+  });
+
+  test.each(["1", "0"] as const)("lets others run meanwhile (REPRISE_FFI=%s)", (ffi) => {
+    const script = `
+      let turns = 0;
+      let count = 0;
+      const tick = () => { turns++; if (count < 200_000) setImmediate(tick); };
+      for await (const entries of root.list("", false)) {
+        if (count === 0) tick();
+        count += entries.length;
+      }
+      console.log(count, turns);`;
+    const [count, turns] = listingProcess(script, large.path, ffi).split(" ").map(Number);
+    expect(count).toBe(200_000);
+    expect(turns).toBeGreaterThan(20);
   });
 });
 
