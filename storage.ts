@@ -136,12 +136,15 @@ class FolderRoot implements Root {
     }
   }
 
-  /** A folder that went away meanwhile, or may not be read, is left out: the others are still true. */
+  /**
+   * A folder that went away meanwhile, or may not be read, is left out: the others are still true. Not so where the
+   * server failed, for want of descriptors or by its disk: what was there would be missing from a list that has its end.
+   */
   async *#listBelow(path: string, below: string, turn: Turn): AsyncGenerator<Entry[]> {
     try {
       yield* this.#list(path, below, true, turn);
     } catch (error) {
-      if (!(error instanceof RepriseError)) throw error;
+      if (!(error instanceof RepriseError) || error.code === "failed") throw error;
     }
   }
 

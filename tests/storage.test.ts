@@ -262,6 +262,19 @@ describe.each(["1", "0"] as const)("list() of odd things (REPRISE_FFI=%s)", (ffi
       console.log(paths.length, new Set(paths).size, Math.max(...paths.map((path) => path.split("/").length)));`;
     expect(listingProcess(script, path, ffi)).toBe("20100 20100 100\n");
   });
+
+  test("a listing that runs out of descriptors fails rather than being short, and leaves none open", () => {
+    const path = join(odd.path, "deep");
+    mkdirSync(join(path, ...Array(60).fill("d")), { recursive: true });
+    const script = `
+      import { readdirSync } from "node:fs";
+      const open = () => readdirSync("/proc/self/fd").length;
+      await entriesOf("d/".repeat(59) + "d");
+      const before = open();
+      console.log(await entriesOf("").then((entries) => entries.length, (error) => error.code), open() - before);`;
+    expect(listingProcess(script, path, ffi, "ulimit -n 40")).toBe("failed 0\n");
+    expect(listingProcess(script, path, ffi)).toBe("60 0\n");
+  });
 });
 
 describe("list() of 200,000 entries", () => {
