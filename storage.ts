@@ -392,7 +392,7 @@ function readEntry(calls: FolderCalls, folder: number, records: Buffer, at: numb
 }
 
 function entryOf({ kind, size, mtime }: Stat, path: string): Entry | undefined {
-  if (kind === "other") return undefined;
+  if (kind === "other" || !isSendable(size, mtime)) return undefined;
   return { kind, size: kind === "folder" ? 0 : size, mtime, path };
 }
 
@@ -445,10 +445,18 @@ async function settled(fd: number): Promise<BigIntStats> {
 
 function metaOf(stat: BigIntStats, path: string): Meta {
   const mtime = Number(stat.mtimeNs / 1000n);
+  if (!isSendable(Number(stat.size), mtime)) {
+    throw new RepriseError("refused", `refused: the size or time of ${quote(path)} is beyond 2^53`);
+  }
   if (stat.isFile()) return { kind: "file", size: Number(stat.size), mtime, etag: etagOf(stat) };
   if (stat.isDirectory()) return { kind: "folder", size: 0, mtime, etag: "" };
   const what = stat.isSymbolicLink() ? "a symbolic link" : "neither a file nor a folder";
   throw new RepriseError("refused", `refused: ${quote(path)} is ${what}`);
+}
+
+/** Numbers over 2^53-1 have no place in a frame: a year after 2255, or a file with an immense hole. */
+function isSendable(size: number, mtime: number): boolean {
+  return Number.isSafeInteger(size) && Number.isSafeInteger(mtime);
 }
 
 /** Hashed, because an inode number is nobody's business. */

@@ -253,6 +253,34 @@ describe.each(["1", "0"] as const)("list() of odd things (REPRISE_FFI=%s)", (ffi
     expect(found.sort(byPath)).toEqual(expected.sort(byPath));
   });
 
+  test("sizes and times are those of stat(), what no frame can carry is left out", async () => {
+    const path = join(odd.path, "numbers");
+    mkdirSync(path);
+    const first = "1960-01-01T00:00:00.123456789Z";
+    const last = "3000-01-01T00:00:00Z";
+    const times = [
+      first,
+      "1969-12-31T23:59:59.999999999Z",
+      "1970-01-01T00:00:00Z",
+      "2001-02-03T04:05:06.0000019Z",
+      last,
+    ];
+    const sizes = ["0", "4294967295", "4294967296", "1099511627777"];
+    for (const time of times) spawnSync("touch", ["-d", time, join(path, time)]);
+    for (const size of sizes) spawnSync("truncate", ["-s", size, join(path, size)]);
+    const script = `
+      const entries = new Map((await entriesOf("")).map((entry) => [entry.path, entry]));
+      for (const name of ${JSON.stringify([...times, ...sizes])}) {
+        const entry = entries.get(name);
+        const stat = await root.stat(name).catch((error) => error);
+        const same = entry ? stat.size === entry.size && stat.mtime === entry.mtime : stat.code === "refused";
+        if (!same) throw new Error(name + " is " + JSON.stringify([entry, stat]));
+      }
+      entries.delete("${last}");
+      console.log(entries.size, entries.get("${first}").mtime);`;
+    expect(listingProcess(script, path, ffi)).toBe("8 -315619199876543\n");
+  });
+
   test("10,000 entries in one folder, and as many in folders a hundred deep, are each there once", () => {
     const path = join(odd.path, "many");
     makeFiles(join(path, "wide"), 10_000);
