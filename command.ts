@@ -14,8 +14,8 @@ import { ERRORS, ExitStatus, quote, RepriseError } from "./protocol.ts";
 
 // ---------------------------------------------------------------------------------------------------- command line
 
-/** What a script or one of its commands is: see citty. */
-export type Command = CommandDef;
+/** What a script or one of its commands is: see citty. `examples` are shown by --help. */
+export type Command = CommandDef & { examples?: string[] };
 
 /** citty's defineCommand without loading citty, which only `--help` needs. */
 export function command(definition: Command): Command {
@@ -84,8 +84,14 @@ function select(main: Command, words: string[]): { command: Command; rest: strin
   const name = words[at];
   if (name === undefined) return { command: main, rest: words };
   const command = Object.hasOwn(commands, name) ? commands[name] : undefined;
-  if (!command) throw usage(`unknown command ${quote(name)}${didYouMean(name, Object.keys(commands))}`);
+  if (!command) throw usage(`unknown command ${quote(name)}${didYouMean(name, shownCommands(main))}`);
   return { command, rest: words.toSpliced(at, 1) };
+}
+
+/** The names of a script's commands, but for those that only other programs use. */
+export function shownCommands(main: Command): string[] {
+  const commands = Object.entries((main.subCommands ?? {}) as Record<string, Command>);
+  return commands.filter(([, { meta }]) => !(meta as { hidden?: boolean }).hidden).map(([name]) => name);
 }
 
 function isOption(word: string): boolean {
@@ -177,7 +183,7 @@ function checkPositionals(words: string[], definitions: ArgsDef, command: Comman
 async function printUsage(command: Command, parent?: Command): Promise<void> {
   const { renderUsage } = await import("citty");
   const text = await renderUsage(command, parent);
-  const examples = (command as { examples?: string[] }).examples ?? [];
+  const { examples = [] } = command;
   const lines = examples.length > 0 ? [text, "EXAMPLES", "", ...examples.map((line) => `  ${line}`), ""] : [text];
   const whole = lines.join("\n");
   await print(isTerminal(1) && !process.env.NO_COLOR ? whole : Bun.stripANSI(whole));
@@ -293,6 +299,13 @@ export function setQuiet(value: boolean): void {
   quiet = value;
 }
 
+let progress = true;
+
+/** Whether a progress line is wanted, where one can be drawn. */
+export function setProgress(value: boolean): void {
+  progress = value;
+}
+
 /** What clears away a line that is being redrawn, before another is said. */
 export function setBeforeSaying(clear: () => void): void {
   beforeSaying = clear;
@@ -339,5 +352,5 @@ function useColour(): boolean {
 
 /** Whether progress can be shown: stderr is a terminal on which a line can be redrawn, and wanted. */
 export function showsProgress(): boolean {
-  return !quiet && isTerminal(2) && process.env.TERM !== "dumb";
+  return !quiet && progress && isTerminal(2) && process.env.TERM !== "dumb";
 }

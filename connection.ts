@@ -3,8 +3,8 @@
  *
  * Reading: `next()` gives one frame at a time; while nobody asks, the socket is paused, so a peer that sends without
  * being heard costs one chunk. Writing: `send()` collects small frames and writes when they are many or when `next()`
- * is about to wait, and it returns only when the kernel has taken the bytes, so a peer that does not read costs one
- * chunk as well. Every wait ends after `timeoutMs` without a byte.
+ * is about to wait, and where they are many it returns only when the kernel has taken them, so a peer that does not read
+ * costs one chunk as well. Every wait ends after `timeoutMs` without a byte.
  *
  * Two short cuts around the user's memory serve plain TCP where the C library can be had: `sendFile` is sendfile(2),
  * and the rest of a large frame is received straight into its place.
@@ -19,10 +19,12 @@ import { type BufferPool, type Frame, FrameDecoder, RepriseError } from "./proto
 const MAX_COLLECTED_BYTES = 64 * 1024;
 /** From this many outstanding bytes of one frame on, receiving them directly is worth a system call of its own. */
 const MIN_DIRECT_BYTES = 16 * 1024;
-/** In the middle of a large frame the next bytes are awaited for this long before others get their turn. */
-const DIRECT_WAIT_MS = 1;
 /** Signals, timers and other connections get their turn after this many bytes. */
 const TURN_BYTES = 4 * 1024 * 1024;
+/** Chunks grow or shrink until one takes the connection about this long. */
+const FIRST_CHUNK_BYTES = 64 * 1024;
+const SHORT_CHUNK_MS = 5;
+const LONG_CHUNK_MS = 100;
 /** How long `finish` waits for the peer to have read everything. */
 const FINISH_MS = 5_000;
 
@@ -38,6 +40,8 @@ export interface ConnectionOptions {
   timeoutMs: number;
   /** Each frame must have come whole within `timeoutMs`, for peers that have no reason to send slowly. */
   promptFrames?: boolean;
+  /** In the middle of a large frame the process waits this long, in milliseconds, before others get their turn. */
+  directWaitMs?: number;
 }
 
 export class Connection {
@@ -45,8 +49,9 @@ export class Connection {
   readonly #decoder: FrameDecoder;
   readonly #timeoutMs: number;
   readonly #promptFrames: boolean;
-  /** Who gives memory for large frames expects them, and may wait for the rest of one a moment. */
+  /** Who gives memory for large frames expects them. */
   readonly #direct: boolean;
+  readonly #directWaitMs: number;
   readonly #readable = new Waiter();
   readonly #writable = new Waiter();
   #chunks: Uint8Array[] = [];
@@ -62,7 +67,14 @@ export class Connection {
   #failure: RepriseError | undefined;
   /** The last frame was a large one, and the next may be expected to be. */
   #streaming = false;
+  #flushing: Promise<void> | undefined;
+  #flushIsDue = false;
+  /** When bytes last came and went. */
+  #readAt = 0;
+  #wroteAt = 0;
   #turn = 0;
+  /** Called when `next()` has used up what came, before it waits for more: the moment for what was put off. */
+  beforeWait: (() => Promise<void>) | undefined;
 
   constructor(socket: BunSocket<Connection>, options: ConnectionOptions) {
     this.#socket = socket as Socket<Connection>;
@@ -70,11 +82,17 @@ export class Connection {
     this.#timeoutMs = options.timeoutMs;
     this.#promptFrames = options.promptFrames ?? false;
     this.#direct = options.pool !== undefined;
+    this.#directWaitMs = options.directWaitMs ?? 0;
     socket.data = this;
   }
 
   get peer(): string {
     return this.#socket.remoteAddress;
+  }
+
+  /** Longest frame to accept from now on, in bytes of payload. */
+  set maxLength(bytes: number) {
+    this.#decoder.maxLength = bytes;
   }
 
   /** The next frame, or undefined when the peer has ended the stream between two frames. Throws `lost`, `bad_frame`. */
@@ -95,16 +113,38 @@ export class Connection {
     }
   }
 
-  /** Sends bytes, at the latest when `next()` is about to wait. The caller gives them away. */
+  /**
+   * Sends bytes, at the latest when `next()` is about to wait. The caller gives them away, and waits while much is under
+   * way. One party may send while another reads.
+   */
   async send(bytes: Uint8Array): Promise<void> {
     this.#collected.push(bytes);
     this.#collectedBytes += bytes.length;
     if (this.#collectedBytes >= MAX_COLLECTED_BYTES) await this.flush();
+    else if (this.#readable.isWaiting) this.#flushSoon();
+  }
+
+  /** While the other party of ours waits in `next()`, nobody would. */
+  #flushSoon(): void {
+    if (this.#flushIsDue) return;
+    this.#flushIsDue = true;
+    setImmediate(() => {
+      this.#flushIsDue = false;
+      this.flush().catch((error) => this.fail(error));
+    });
   }
 
   /** Returns when the kernel has taken all that was sent. */
   async flush(): Promise<void> {
-    if (this.#collectedBytes === 0) return;
+    while (this.#collectedBytes > 0 || this.#flushing) {
+      this.#flushing ??= this.#writeCollected().finally(() => {
+        this.#flushing = undefined;
+      });
+      await this.#flushing;
+    }
+  }
+
+  async #writeCollected(): Promise<void> {
     this.#checkWritable();
     const bytes = this.#collected.length === 1 ? this.#collected[0]! : Buffer.concat(this.#collected);
     this.#collected = [];
@@ -133,7 +173,7 @@ export class Connection {
       this.#checkWritable();
       const sent = libc()!.sendfile(this.#socket.fd, file, offset, end - offset);
       if (sent > 0) {
-        this.#turn += sent;
+        this.#wrote(sent);
         offset += sent;
       } else if (sent === 0) {
         throw new RepriseError("changed", "changed on the server: the file became shorter");
@@ -173,6 +213,7 @@ export class Connection {
   async finish(): Promise<void> {
     try {
       this.#failure = undefined;
+      this.beforeWait = undefined;
       await this.flush();
       this.#socket.shutdown();
       const deadline = setTimeout(() => this.fail(lost("the peer did not close")), FINISH_MS);
@@ -205,21 +246,32 @@ export class Connection {
     return undefined;
   }
 
-  async #untilReadable(startedAt?: number): Promise<void> {
-    await this.flush();
+  async #untilReadable(startedAt = performance.now()): Promise<void> {
+    await this.beforeWait?.();
+    // Not awaited: the peer may have to be read before it reads. One that never does fails the connection.
+    if (this.#collectedBytes > 0) this.flush().catch((error) => this.fail(error));
     if (this.#chunks.length > 0 || this.#ended || this.#failure) return;
     if (this.#paused) {
       this.#paused = false;
       this.#socket.resume();
     }
-    const spent = startedAt === undefined ? 0 : performance.now() - startedAt;
-    await this.#readable.wait(Math.max(1, this.#timeoutMs - spent));
+    await this.#wait(this.#readable, () => Math.max(startedAt, this.#wroteAt));
   }
 
   async #untilWritable(): Promise<void> {
     this.#checkWritable();
-    await this.#writable.wait(this.#timeoutMs);
+    const startedAt = performance.now();
+    await this.#wait(this.#writable, () => Math.max(startedAt, this.#readAt));
     this.#checkWritable();
+  }
+
+  /** Until `timeoutMs` after `base()`, which moves on while the connection is alive in the other direction. */
+  async #wait(waiter: Waiter, base: () => number): Promise<void> {
+    for (;;) {
+      const left = base() + this.#timeoutMs - performance.now();
+      if (left <= 0) throw new RepriseError("timeout", `no byte for ${this.#timeoutMs / 1000} s`);
+      if (await waiter.wait(left)) return;
+    }
   }
 
   #checkWritable(): void {
@@ -236,7 +288,7 @@ export class Connection {
   #write(bytes: Uint8Array): number {
     const taken = this.#socket.write(bytes);
     if (taken < 0) throw lost("the connection was cut while sending");
-    this.#turn += taken;
+    this.#wrote(taken);
     return taken;
   }
 
@@ -248,7 +300,8 @@ export class Connection {
     const { fd } = this.#socket;
     let count = calls.receive(fd, space);
     // Handing the socket back to Bun for such a moment would have it read into new memory each time.
-    if (count === -Errno.EAGAIN && calls.waitReadable(fd, DIRECT_WAIT_MS)) count = calls.receive(fd, space);
+    const ms = this.#directWaitMs;
+    if (count === -Errno.EAGAIN && ms > 0 && calls.waitReadable(fd, ms)) count = calls.receive(fd, space);
     if (count < 0) return false;
     // A paused socket is not read behind our back while we take turns.
     this.#pause();
@@ -269,6 +322,12 @@ export class Connection {
 
   #took(count: number): void {
     this.#turn += count;
+    this.#readAt = performance.now();
+  }
+
+  #wrote(count: number): void {
+    this.#turn += count;
+    if (count > 0) this.#wroteAt = performance.now();
   }
 
   #turnIsOver(): boolean {
@@ -396,22 +455,45 @@ export class Pace {
   }
 }
 
+/** How large a chunk of content to send next: small at first, then as much as the connection takes in a short time. */
+export class ChunkSize {
+  readonly #most: number;
+  readonly #least: number;
+  bytes: number;
+
+  constructor(most: number) {
+    this.#most = most;
+    this.#least = Math.min(FIRST_CHUNK_BYTES, most);
+    this.bytes = this.#least;
+  }
+
+  /** The last chunk took so long. */
+  took(ms: number): void {
+    if (ms < SHORT_CHUNK_MS) this.bytes = Math.min(this.bytes * 2, this.#most);
+    else if (ms > LONG_CHUNK_MS) this.bytes = Math.max(Math.floor(this.bytes / 2), this.#least);
+  }
+}
+
 /** At most one party waits; whoever wakes it learns whether somebody did. */
 class Waiter {
   #resolve: (() => void) | undefined;
 
-  wait(timeoutMs: number): Promise<void> {
+  /** Returns whether it was woken rather than that the time was over. */
+  wait(ms: number): Promise<boolean> {
     if (this.#resolve) throw new Error("Two parties wait for the same thing");
-    return new Promise((resolve, reject) => {
+    return new Promise((resolve) => {
       const timer = setTimeout(() => {
         this.#resolve = undefined;
-        reject(new RepriseError("timeout", `no byte for ${timeoutMs / 1000} s`));
-      }, timeoutMs);
+        resolve(false);
+      }, ms);
       this.#resolve = () => {
         clearTimeout(timer);
-        resolve();
+        resolve(true);
       };
     });
+  }
+  get isWaiting(): boolean {
+    return this.#resolve !== undefined;
   }
   wake(): boolean {
     const resolve = this.#resolve;

@@ -17,8 +17,13 @@ export interface Libc {
   openBeneath(folder: number, path: string): number;
   /** flock(2), exclusive, not waiting: 0 or -errno. */
   lock(file: number): number;
+  unlock(file: number): void;
   /** poll(2): whether the socket can be read, or has ended, within `ms`. Blocks the process. */
   waitReadable(socket: number, ms: number): boolean;
+  /** sync_file_range(2): sets going that the file's content is written to disk, and waits for nothing. */
+  startWriting(file: number): void;
+  /** renameat2(2) with RENAME_NOREPLACE, on whole paths: 0 or -errno. */
+  renameNew(from: string, to: string): number;
   /** isatty(3). */
   isTerminal(file: number): boolean;
 }
@@ -52,6 +57,7 @@ export const Errno = {
   EIO: 5,
   EAGAIN: 11,
   EACCES: 13,
+  EEXIST: 17,
   EXDEV: 18,
   ENOTDIR: 20,
   EINVAL: 22,
@@ -68,7 +74,11 @@ const MSG_DONTWAIT = 0x40;
 const RWF_NOWAIT = 0x8;
 /** As the low half of pollfd's second word, whose high half the kernel fills in. */
 const POLLIN = 1;
+const SYNC_FILE_RANGE_WRITE = 2;
+const AT_FDCWD = -100;
+const RENAME_NOREPLACE = 1;
 const LOCK_EX_NB = 2 | 4;
+const LOCK_UN = 8;
 const O_PATH_NOFOLLOW_CLOEXEC = 0o10000000 | 0o400000 | 0o2000000;
 /** RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH */
 const RESOLVE_STRICTLY_BENEATH = 0x02 | 0x04 | 0x08;
@@ -112,7 +122,7 @@ function load<T>(bindTo: (name: string) => T): T | null {
 
 function bind(name: string): Libc {
   const { dlopen, FFIType, ptr: pointerTo, read } = require("bun:ffi") as typeof import("bun:ffi");
-  const { i32, i64_fast: i64, u64, ptr } = FFIType;
+  const { i32, u32, i64_fast: i64, u64, ptr } = FFIType;
   const { symbols: c } = dlopen(name, {
     sendfile: { args: [i32, i32, ptr, u64], returns: i64 },
     recv: { args: [i32, ptr, u64, i32], returns: i64 },
@@ -120,6 +130,8 @@ function bind(name: string): Libc {
     syscall: { args: [i64, i32, ptr, ptr, u64], returns: i64 },
     flock: { args: [i32, i32], returns: i32 },
     poll: { args: [ptr, u64, i32], returns: i32 },
+    sync_file_range: { args: [i32, i64, i64, u32], returns: i32 },
+    renameat2: { args: [i32, ptr, i32, ptr, u32], returns: i32 },
     isatty: { args: [i32], returns: i32 },
     __errno_location: { args: [], returns: ptr },
   });
@@ -141,14 +153,16 @@ function bind(name: string): Libc {
       iovec[1] = BigInt(into.length);
       return orErrno(c.preadv2(file, iovec, 1, offset, RWF_NOWAIT));
     },
-    openBeneath: (folder, path) =>
-      orErrno(c.syscall(SYS_OPENAT2, folder, Buffer.from(`${path}\0`), how, how.byteLength)),
+    openBeneath: (folder, path) => orErrno(c.syscall(SYS_OPENAT2, folder, cString(path), how, how.byteLength)),
     lock: (file) => orErrno(c.flock(file, LOCK_EX_NB)),
+    unlock: (file) => void c.flock(file, LOCK_UN),
     waitReadable(socket, ms) {
       pollfd[0] = socket;
       pollfd[1] = POLLIN;
       return c.poll(pollfd, 1, ms) > 0;
     },
+    startWriting: (file) => void c.sync_file_range(file, 0, 0, SYNC_FILE_RANGE_WRITE),
+    renameNew: (from, to) => orErrno(c.renameat2(AT_FDCWD, cString(from), AT_FDCWD, cString(to), RENAME_NOREPLACE)),
     isTerminal: (file) => c.isatty(file) === 1,
   };
 }
@@ -194,4 +208,8 @@ function readTime(view: DataView): number {
   const nanoseconds = view.getUint32(Statx.mtimeNanoseconds, true);
   const below = seconds * 1_000_000 + Math.floor(nanoseconds / 1000);
   return below < 0 && nanoseconds % 1000 > 0 ? below + 1 : below;
+}
+
+function cString(text: string): Buffer {
+  return Buffer.from(`${text}\0`);
 }

@@ -16,8 +16,8 @@
  *              str = u16 byte count, then that many bytes of UTF-8. A receiver refuses a frame that is longer than
  *              [limits] allow, does not have its crc32 or has an unknown type, ends early or has bytes left over.
  *
- * [types]      0x01-0x0f handshake, 0x10-0x3f requests (0x20 PUT, 0x21 REMOVE, 0x22 MOVE, 0x23 MKDIR and 0x30-0x3f,
- *              between servers, are reserved), 0x80-0xbf answers.
+ * [types]      0x01-0x0f handshake, 0x10-0x3f requests (0x30-0x3f, between servers, are reserved), 0x80-0xbf answers
+ *              and content.
  *
  *              type  name      direction  payload
  *              0x01  HELLO     to server  magic u32 "RPRS", version u16, flags u32 (0; unknown bits are ignored),
@@ -27,14 +27,22 @@
  *              0x12  STAT      to server  path str
  *              0x13  STATUS    to server  empty
  *              0x1f  QUIT      to server  empty
+ *              0x20  PUT       to server  offset u64, size u64 (2^53-1: not known), mtime i64, flags u8 (1: only if
+ *                                         nothing has the name), id str, etag str, path str
+ *              0x21  REMOVE    to server  flags u8 (1: a folder with all that is in it), path str
+ *              0x22  MOVE      to server  flags u8 (1: in place of what has the name), path str, new path str
+ *              0x23  MKDIR     to server  flags u8 (1: with the folders above it, also if it is there), path str
+ *              0x24  SUMS      to server  id str (of an upload; "" for a file), path str
  *              0x80  WELCOME   to client  version u16, software str
  *              0x81  REDIRECT  to client  port u16, host str
  *              0x82  ERROR     to client  code u16, text str
  *              0x83  META      to client  kind u8, size u64, mtime i64 (microseconds since 1970), offset u64, etag str
- *              0x84  DATA      to client  content (1 to 524,288 bytes)
- *              0x85  END       to client  count u64: of the bytes of content, or of the entries, in this answer
+ *              0x84  DATA      both ways  content (1 to 524,288 bytes)
+ *              0x85  END       both ways  count u64: of the bytes of content, or of the entries, before it
  *              0x86  ENTRIES   to client  one or more of: kind u8, size u64, mtime i64, path str
  *              0x87  INFO      to client  a JSON object in UTF-8
+ *              0x88  SUM       to client  length u64, crc32 u32: of the next bytes
+ *              0x89  WAIT      to client  empty
  *
  * [handshake]  HELLO -> WELCOME, or REDIRECT (connect there instead), or ERROR and the end of the connection. A server
  *              that does not speak the version answers ERROR `version`, whose text names the versions it speaks.
@@ -44,10 +52,24 @@
  *              is another by now, the answer is ERROR `changed` and no content. So is the frame in place of the next
  *              DATA when the file changes while it is sent. Only END means that the content is complete.
  *
+ * [put]        PUT DATA* END -> META of the new version, or ERROR. Acknowledged means on disk, under its name. Content
+ *              starts at `offset`: what the server holds of the upload `id` before it is kept, what it holds beyond is
+ *              dropped. With `etag`, the file must still be that version. An ERROR may come before END is sent; the
+ *              client then sends END at once, whose count is not looked at, and the server passes over all before it.
+ *              An id is 32 hexadecimal digits made up by the client, the key to go on by; "" for what fits into one
+ *              DATA and is not worth it. Requests behind it may be sent without waiting, as everywhere.
+ *
+ * [sums]       SUMS -> SUM* END: checksums of a file, or of what the server holds of an upload, piece by piece from the
+ *              start, so that the client can tell how far its own is the same. An id that is not known has no bytes.
+ *
+ * [change]     REMOVE, MOVE, MKDIR -> END with count 0, or ERROR. What is acknowledged is on disk.
+ *
  * [list]       LIST -> ENTRIES* END. Paths are relative to the folder asked for; the order is the storage's own.
  * [stat]       STAT -> META, with offset 0.
  * [status]     STATUS -> INFO.
  * [quit]       QUIT -> END, then the server closes.
+ *
+ * [wait]       WAIT may come before any answer, any number of times: it only says that the answer takes its time.
  *
  * [errors]     The table is `ERRORS` below. An ERROR ends its answer and the connection goes on, except for the codes
  *              marked `closes`. A server may send `busy`, `shutting_down` or `idle` unasked, and then closes.
@@ -57,8 +79,8 @@
  *
  * [etag]       Names one version of one file; opaque to the client, at most 255 bytes.
  *
- * [limits]     A frame to the server: 65,536 bytes of payload. A frame to the client: 524,288. A list frame is closed
- *              at 65,536. See `MAX_*` below.
+ * [limits]     A frame to the server: 65,536 bytes of payload, DATA behind a PUT 524,288. A frame to the client: 524,288.
+ *              A list frame is closed at 65,536. See `MAX_*` below.
  * ```
  */
 
@@ -76,12 +98,16 @@ export const HEADER_BYTES = 9;
 export const MAX_CONTENT_BYTES = 512 * 1024;
 export const MAX_ANSWER_BYTES = MAX_CONTENT_BYTES;
 export const MAX_REQUEST_BYTES = 64 * 1024;
+/** [sums] What one SUM stands for, the last one of a file perhaps for less. */
+export const SUM_BYTES = 16 * 1024 * 1024;
 export const MAX_PATH_BYTES = 4096;
 export const MAX_SEGMENT_BYTES = 255;
 export const MAX_ETAG_BYTES = 255;
 export const MAX_TEXT_BYTES = 1024;
 /** As a GET's `length`: everything from the offset on. */
 export const TO_THE_END = Number.MAX_SAFE_INTEGER;
+/** As a PUT's `size`: the source tells when it ends. */
+export const UNKNOWN_SIZE = Number.MAX_SAFE_INTEGER;
 
 export const FrameType = {
   HELLO: 0x01,
@@ -90,6 +116,11 @@ export const FrameType = {
   STAT: 0x12,
   STATUS: 0x13,
   QUIT: 0x1f,
+  PUT: 0x20,
+  REMOVE: 0x21,
+  MOVE: 0x22,
+  MKDIR: 0x23,
+  SUMS: 0x24,
   WELCOME: 0x80,
   REDIRECT: 0x81,
   ERROR: 0x82,
@@ -98,6 +129,8 @@ export const FrameType = {
   END: 0x85,
   ENTRIES: 0x86,
   INFO: 0x87,
+  SUM: 0x88,
+  WAIT: 0x89,
 } as const;
 export type FrameType = (typeof FrameType)[keyof typeof FrameType];
 
@@ -134,6 +167,10 @@ export const ERRORS = {
   version: { number: 12, text: "unknown protocol version", retry: false, closes: true, exit: ExitStatus.server },
   bad_frame: { number: 13, text: "not the reprise protocol", retry: false, closes: true, exit: ExitStatus.server },
   checksum: { number: 14, text: "damaged on the way", retry: true, closes: true, exit: ExitStatus.checksum },
+  exists: { number: 15, text: "exists already", retry: false, closes: false, exit: ExitStatus.refused },
+  no_room: { number: 16, text: "no room on the server", retry: false, closes: false, exit: ExitStatus.server },
+  read_only: { number: 17, text: "the server is read-only", retry: false, closes: false, exit: ExitStatus.refused },
+  in_use: { number: 18, text: "in use on the server", retry: true, closes: false, exit: ExitStatus.server },
   usage: { number: 100, text: "usage", retry: false, closes: false, exit: ExitStatus.usage },
   local: { number: 102, text: "local file error", retry: false, closes: false, exit: ExitStatus.local },
   lost: { number: 103, text: "connection lost", retry: true, closes: true, exit: ExitStatus.lost },
@@ -189,7 +226,28 @@ export type Request =
   | { action: "list"; path: string; recursive: boolean }
   | { action: "stat"; path: string }
   | { action: "status" }
-  | { action: "quit" };
+  | { action: "quit" }
+  | Put
+  | { action: "remove"; path: string; recursive: boolean }
+  | { action: "move"; path: string; to: string; overwrite: boolean }
+  | { action: "mkdir"; path: string; parents: boolean }
+  | { action: "sums"; id: string; path: string };
+
+/** [put] What goes before an upload's content. */
+export interface Put {
+  action: "put";
+  path: string;
+  id: string;
+  offset: number;
+  /** Bytes of the whole, or UNKNOWN_SIZE. */
+  size: number;
+  /** Microseconds since 1970. */
+  mtime: number;
+  /** Only if nothing has the name yet. */
+  noClobber: boolean;
+  /** Only in place of this version; "" for any. */
+  etag: string;
+}
 
 export interface Hello {
   version: number;
@@ -197,13 +255,17 @@ export interface Hello {
   token: string;
 }
 
+/** [get] [put] What content travels in. */
+export type Content = { type: "data"; crc32: number; content: Uint8Array } | { type: "end"; count: number };
+
 export type Answer =
+  | Content
   | { type: "welcome"; version: number; software: string }
   | { type: "redirect"; host: string; port: number }
   | { type: "error"; error: RepriseError }
   | ({ type: "meta"; offset: number } & Meta)
-  | { type: "data"; crc32: number; content: Uint8Array }
-  | { type: "end"; count: number }
+  | { type: "wait" }
+  | { type: "sum"; length: number; crc32: number }
   | { type: "entries"; entries: Entry[] }
   | { type: "info"; info: Record<string, unknown> };
 
@@ -304,6 +366,10 @@ class Writer {
     this.#view.setUint32(at + 4, value >>> 0);
     return this;
   }
+  /** flags u8 of which only the lowest is in use. */
+  flag(value: boolean): this {
+    return this.u8(value ? 1 : 0);
+  }
   str(text: string, limit = MAX_PATH_BYTES): this {
     const bytes = encoder.encode(text);
     if (bytes.length > limit) throw new RangeError(`A string of ${bytes.length} bytes, at most ${limit} fit here`);
@@ -340,7 +406,7 @@ export function encodeHello(hello: Partial<Hello> = {}): Uint8Array {
   return new Writer(FrameType.HELLO).u32(MAGIC).u16(version).u32(flags).str(token).done();
 }
 
-/** [get] [list] [stat] [status] [quit] */
+/** [get] [list] [stat] [status] [quit] [put] [change] [sums] */
 export function encodeRequest(request: Request): Uint8Array {
   switch (request.action) {
     case "get": {
@@ -348,17 +414,30 @@ export function encodeRequest(request: Request): Uint8Array {
       return new Writer(FrameType.GET).u64(offset).u64(length).str(etag, MAX_ETAG_BYTES).str(path).done();
     }
     case "list":
-      return new Writer(FrameType.LIST)
-        .u8(request.recursive ? 1 : 0)
-        .str(request.path)
-        .done();
+      return new Writer(FrameType.LIST).flag(request.recursive).str(request.path).done();
     case "stat":
       return new Writer(FrameType.STAT).str(request.path).done();
     case "status":
       return new Writer(FrameType.STATUS).done();
     case "quit":
       return new Writer(FrameType.QUIT).done();
+    case "put":
+      return encodePut(request);
+    case "remove":
+      return new Writer(FrameType.REMOVE).flag(request.recursive).str(request.path).done();
+    case "move":
+      return new Writer(FrameType.MOVE).flag(request.overwrite).str(request.path).str(request.to).done();
+    case "mkdir":
+      return new Writer(FrameType.MKDIR).flag(request.parents).str(request.path).done();
+    case "sums":
+      return new Writer(FrameType.SUMS).str(request.id).str(request.path).done();
   }
+}
+
+/** [put] offset u64, size u64, mtime i64, flags u8, id str, etag str, path str. */
+function encodePut({ offset, size, mtime, noClobber, id, etag, path }: Put): Uint8Array {
+  const frame = new Writer(FrameType.PUT).u64(offset).u64(size).i64(mtime).flag(noClobber);
+  return frame.str(id).str(etag, MAX_ETAG_BYTES).str(path).done();
 }
 
 /** [handshake] version u16, software str. */
@@ -377,16 +456,16 @@ export function encodeError(error: RepriseError): Uint8Array {
   return new Writer(FrameType.ERROR).u16(ERRORS[error.code].number).str(text, MAX_TEXT_BYTES).done();
 }
 
-/** [get] [stat] kind u8, size u64, mtime i64, offset u64, etag str. */
+/** [get] [stat] [put] kind u8, size u64, mtime i64, offset u64, etag str. */
 export function encodeMeta(meta: Meta, offset = 0): Uint8Array {
   const frame = new Writer(FrameType.META).u8(EntryKind[meta.kind]).u64(meta.size).i64(meta.mtime).u64(offset);
   return frame.str(meta.etag, MAX_ETAG_BYTES).done();
 }
 
-/** [get] What goes before `length` bytes of content, whose crc32 is `contentSum`. */
-export function encodeDataHeader(length: number, contentSum: number): Uint8Array {
-  const bytes = new Uint8Array(HEADER_BYTES);
-  const view = new DataView(bytes.buffer);
+/** [get] [put] What goes before `length` bytes of content, whose crc32 is `contentSum`; written to `into`, where given. */
+export function encodeDataHeader(length: number, contentSum: number, into?: Uint8Array): Uint8Array {
+  const bytes = into?.subarray(0, HEADER_BYTES) ?? new Uint8Array(HEADER_BYTES);
+  const view = new DataView(bytes.buffer, bytes.byteOffset);
   view.setUint32(0, length);
   bytes[4] = FrameType.DATA;
   const head = Bun.hash.crc32(bytes.subarray(0, SUMMED_HEAD_BYTES));
@@ -400,9 +479,19 @@ function contentSumOf({ payload, crc32 }: Frame): number {
   return (crc32 ^ new DataView(without.buffer).getUint32(SUMMED_HEAD_BYTES)) >>> 0;
 }
 
-/** [get] [list] [quit] count u64. */
+/** [get] [list] [quit] [put] [change] [sums] count u64. */
 export function encodeEnd(count: number): Uint8Array {
   return new Writer(FrameType.END).u64(count).done();
+}
+
+/** [sums] length u64, crc32 u32. */
+export function encodeSum(length: number, crc32: number): Uint8Array {
+  return new Writer(FrameType.SUM).u64(length).u32(crc32).done();
+}
+
+/** [wait] */
+export function encodeWait(): Uint8Array {
+  return new Writer(FrameType.WAIT).done();
 }
 
 /** [status] A JSON object. */
@@ -462,6 +551,9 @@ class Reader {
     if (!Number.isSafeInteger(value)) throw badFrame("a number over 2^53-1");
     return value;
   }
+  flag(): boolean {
+    return (this.u8() & 1) === 1;
+  }
   str(limit = MAX_PATH_BYTES): string {
     const length = this.u16();
     if (length > limit) throw badFrame(`a string of ${length} bytes where ${limit} are allowed`);
@@ -515,7 +607,7 @@ export function decodeHello(frame: Frame): Hello {
   return hello;
 }
 
-/** [get] [list] [stat] [status] [quit] Throws `bad_frame`. Paths are not checked here: see `splitPath`. */
+/** [get] [list] [stat] [status] [quit] [put] [change] [sums] Throws `bad_frame`. Paths are not checked here: see `splitPath`. */
 export function decodeRequest(frame: Frame): Request {
   const reader = new Reader(frame.payload);
   const request = readRequest(frame.type, reader);
@@ -534,16 +626,45 @@ function readRequest(type: number, reader: Reader): Request {
         path: reader.str(),
       };
     case FrameType.LIST:
-      return { action: "list", recursive: (reader.u8() & 1) === 1, path: reader.str() };
+      return { action: "list", recursive: reader.flag(), path: reader.str() };
     case FrameType.STAT:
       return { action: "stat", path: reader.str() };
     case FrameType.STATUS:
       return { action: "status" };
     case FrameType.QUIT:
       return { action: "quit" };
+    case FrameType.PUT:
+      return {
+        action: "put",
+        offset: reader.u64(),
+        size: reader.u64(),
+        mtime: reader.i64(),
+        noClobber: reader.flag(),
+        id: reader.str(),
+        etag: reader.str(MAX_ETAG_BYTES),
+        path: reader.str(),
+      };
+    case FrameType.REMOVE:
+      return { action: "remove", recursive: reader.flag(), path: reader.str() };
+    case FrameType.MOVE:
+      return { action: "move", overwrite: reader.flag(), path: reader.str(), to: reader.str() };
+    case FrameType.MKDIR:
+      return { action: "mkdir", parents: reader.flag(), path: reader.str() };
+    case FrameType.SUMS:
+      return { action: "sums", id: reader.str(), path: reader.str() };
     default:
       throw badFrame(`a request of type 0x${type.toString(16)}`);
   }
+}
+
+/** [put] A frame behind PUT. Throws `bad_frame`. Content is the payload itself, not a copy. */
+export function decodeContent(frame: Frame): Content {
+  if (frame.type === FrameType.DATA) return dataOf(frame);
+  if (frame.type !== FrameType.END) throw badFrame(`type 0x${frame.type.toString(16)} in the middle of an upload`);
+  const reader = new Reader(frame.payload);
+  const count = reader.u64();
+  reader.end();
+  return { type: "end", count };
 }
 
 /** Any frame to the client. Throws `bad_frame`. A `data` answer's content is the payload itself, not a copy. */
@@ -555,7 +676,7 @@ export function decodeAnswer(frame: Frame): Answer {
   return answer;
 }
 
-function dataOf(frame: Frame): Answer {
+function dataOf(frame: Frame): Content {
   if (frame.payload.length === 0) throw badFrame("a DATA frame without content");
   return { type: "data", content: frame.payload, crc32: contentSumOf(frame) };
 }
@@ -568,6 +689,10 @@ function readAnswer(type: number, reader: Reader): Answer {
     }
     case FrameType.END:
       return { type: "end", count: reader.u64() };
+    case FrameType.WAIT:
+      return { type: "wait" };
+    case FrameType.SUM:
+      return { type: "sum", length: reader.u64(), crc32: reader.u32() };
     case FrameType.ERROR:
       return { type: "error", error: readError(reader) };
     case FrameType.WELCOME:
@@ -648,7 +773,8 @@ export class BufferPool {
  * comes from `pool`, if there is one, for large frames (DATA): whoever has taken such a frame may give it back.
  */
 export class FrameDecoder {
-  readonly #maxLength: number;
+  /** Longest payload to accept from now on, in bytes. */
+  maxLength: number;
   readonly #pool: BufferPool | undefined;
   /** What was pushed and not yet taken. */
   #chunk: Uint8Array = new Uint8Array(0);
@@ -659,7 +785,7 @@ export class FrameDecoder {
   #failure: RepriseError | undefined;
 
   constructor(options: { maxLength: number; pool?: BufferPool | undefined }) {
-    this.#maxLength = options.maxLength;
+    this.maxLength = options.maxLength;
     this.#pool = options.pool;
   }
 
@@ -748,14 +874,14 @@ export class FrameDecoder {
   }
 
   #allocate(bytes: number): Uint8Array {
-    const large = bytes > this.#maxLength / 4;
+    const large = bytes > MAX_CONTENT_BYTES / 4;
     return (large ? this.#pool?.take(bytes) : undefined) ?? new Uint8Array(bytes);
   }
 
   #lengthAt(bytes: Uint8Array, at: number): number {
     const length = u32At(bytes, at);
-    if (length <= this.#maxLength) return length;
-    throw this.#fail(badFrame(`a frame of ${length} bytes where ${this.#maxLength} are allowed`));
+    if (length <= this.maxLength) return length;
+    throw this.#fail(badFrame(`a frame of ${length} bytes where ${this.maxLength} are allowed`));
   }
 
   #frameOf(bytes: Uint8Array): Frame {

@@ -5,30 +5,44 @@
  * A download goes to a `Target`, which remembers how much it holds of which version; after any failure the transfer goes
  * on at the first byte that the target does not hold.
  */
-import { type Connection, type ConnectOptions, connect, formatAddress, Pace, sleep } from "./connection.ts";
+import { ChunkSize, type Connection, type ConnectOptions, connect, formatAddress, Pace, sleep } from "./connection.ts";
 import {
   type Answer,
   BufferPool,
+  crc32Combine,
   DEFAULT_PORT,
   decodeAnswer,
   type Entry,
   ERRORS,
+  encodeDataHeader,
+  encodeEnd,
   encodeHello,
   encodeRequest,
   HEADER_BYTES,
   MAX_ANSWER_BYTES,
+  MAX_CONTENT_BYTES,
   type Meta,
+  type Put,
   quote,
   RepriseError,
   type Request,
   TO_THE_END,
 } from "./protocol.ts";
 import type { Target } from "./resume.ts";
+import { type Source, SourceChanged } from "./upload.ts";
 
 const MAX_REDIRECTS = 5;
 /** The first wait before trying again; each further one is twice as long, up to the last, with jitter. */
 const FIRST_RETRY_MS = 200;
 const LAST_RETRY_MS = 10_000;
+/** In the middle of a large frame the process waits this long for the rest of it before others get their turn. */
+const DIRECT_WAIT_MS = 1;
+/** Requests that are under way on one connection at a time. */
+const MAX_UNDER_WAY = 1024;
+/** As END's count: what was sent before is not to be used. */
+const GIVEN_UP = Number.MAX_SAFE_INTEGER;
+/** At a limited rate, so many chunks a second. */
+const PACED_CHUNKS = 8;
 /** At a limited rate, one request asks for what this long brings. */
 const STRETCH_MS = 5_000;
 
@@ -52,6 +66,29 @@ export interface RemoteOptions {
   note?: (text: string) => void;
 }
 
+/** A request and its answer, as one of many that are under way together: see `Remote.run`. */
+export interface Exchange {
+  /** Local preparation, before each `ask`. */
+  open?(): Promise<void>;
+  /** What must have been answered before `ask`, if anything; nothing else is then under way. */
+  preparation?(): ((peer: Peer) => Promise<void>) | undefined;
+  /** Sends the request, again on a new connection if the first was lost. Throws only what ends the connection. */
+  ask(peer: Peer): Promise<void>;
+  /** Takes its answer, all of it. Returns true if it must be asked once more. */
+  take(peer: Peer): Promise<boolean>;
+  /** It cannot be done. */
+  failed(error: RepriseError): void;
+}
+
+/** What an upload is to become, and under which condition. */
+export type PutOptions = Pick<Put, "path" | "id" | "noClobber" | "etag">;
+
+export interface UploadHooks {
+  begin?(size: number, offset: number): void;
+  /** So many bytes were sent, from the source's start, and have this crc32. */
+  progress?(bytes: number, crc32: number): void;
+}
+
 export interface DownloadHooks {
   /** The version that comes; it starts at `offset`. */
   begin?(meta: Meta, offset: number): void;
@@ -62,10 +99,10 @@ export interface DownloadHooks {
 /** A server, or several that hold the same, as an object with the protocol's actions for methods. */
 export class Remote {
   readonly #options: Required<Omit<RemoteOptions, "limitRate" | "signal">>;
-  readonly #signal: AbortSignal | undefined;
+  readonly #givenUp = new AbortController();
+  readonly #signal: AbortSignal;
   readonly #pace: Pace | undefined;
-  readonly #connecting: Omit<ConnectOptions, "host" | "port">;
-  readonly #free: (content: Uint8Array) => void;
+  readonly #connecting: PeerOptions & Omit<ConnectOptions, "host" | "port">;
   #peer: Peer | undefined;
   /** Calls take turns: a connection answers in order, and each call takes its own answers. */
   #turnEnds: Promise<void> = Promise.resolve();
@@ -73,12 +110,13 @@ export class Remote {
 
   constructor(options: RemoteOptions) {
     this.#options = { timeoutMs: 30_000, retries: 10, note: () => {}, ...options };
-    this.#signal = options.signal;
+    const own = this.#givenUp.signal;
+    this.#signal = options.signal ? AbortSignal.any([options.signal, own]) : own;
     this.#pace = options.limitRate ? new Pace(options.limitRate) : undefined;
     const pool = new BufferPool(MAX_ANSWER_BYTES + 2 * HEADER_BYTES);
-    this.#free = (content) => pool.give(content);
     const { timeoutMs } = this.#options;
-    this.#connecting = { maxLength: MAX_ANSWER_BYTES, pool, timeoutMs, signal: options.signal };
+    const common = { maxLength: MAX_ANSWER_BYTES, pool, timeoutMs, directWaitMs: DIRECT_WAIT_MS };
+    this.#connecting = { ...common, signal: this.#signal, pace: this.#pace };
   }
 
   /** Throws `not_found`, `bad_name`, `refused`, or `lost` after all attempts, as do all of these. */
@@ -122,6 +160,37 @@ export class Remote {
     }
   }
 
+  /** Throws `not_found`, and `refused` for a folder that is not asked for as such. As all changes: `read_only`. */
+  remove(path: string, recursive = false): Promise<void> {
+    return this.#change({ action: "remove", path, recursive }, (error) => error.code === "not_found");
+  }
+
+  /** Throws `exists` where something has the new name, unless `overwrite`. */
+  move(path: string, to: string, overwrite = false): Promise<void> {
+    return this.#change({ action: "move", path, to, overwrite }, async (error, peer) => {
+      if (error.code !== "not_found") return false;
+      await peer.ask({ action: "stat", path: to });
+      return (await peer.expect("meta")).type === "meta";
+    });
+  }
+
+  /** With `parents` also the folders above, and no error if it is there. Throws `exists`. */
+  makeFolder(path: string, parents = false): Promise<void> {
+    return this.#change({ action: "mkdir", path, parents }, (error) => error.code === "exists");
+  }
+
+  /** Checksums of a file piece by piece, SUM_BYTES each. */
+  async sums(path: string): Promise<{ length: number; crc32: number }[]> {
+    return this.#call((peer) => peer.sums("", path));
+  }
+
+  /** Puts one source, and returns the new version. Throws `local`, `exists`, `changed`, `no_room`. */
+  async upload(options: PutOptions, source: Source, hooks: UploadHooks = {}, resumes = false): Promise<Meta> {
+    const upload = new UploadExchange(this, options, source, hooks, resumes);
+    await this.run([upload][Symbol.iterator]());
+    return upload.result();
+  }
+
   status(): Promise<Record<string, unknown>> {
     return this.#call(async (peer) => {
       await peer.ask({ action: "status" });
@@ -141,12 +210,7 @@ export class Remote {
         return await this.#call((peer) => this.#fetch(peer, path, target, hooks, renewal));
       } catch (error) {
         if (!(error instanceof RepriseError) || error.code !== "changed") throw error;
-        if (!target.restartable && target.bytes > 0) {
-          throw new RepriseError(
-            "changed",
-            `${error.message} after ${target.bytes} bytes were given out; get it again`,
-          );
-        }
+        if (!target.restartable && target.bytes > 0) throw error;
         if (restarts >= this.#options.retries) {
           throw new RepriseError("changed", `${error.message}, again and again; get it when it is at rest`);
         }
@@ -154,6 +218,11 @@ export class Remote {
         renewal.pending = true;
       }
     }
+  }
+
+  /** Ends what runs, with `interrupted`. */
+  giveUp(): void {
+    this.#givenUp.abort(new RepriseError("interrupted"));
   }
 
   /** Lets go of the connection; the server sees it end between two requests. */
@@ -174,7 +243,9 @@ export class Remote {
     const start = giveUp ? 0 : target.bytes;
     for (;;) {
       const { etag, bytes: offset } = giveUp ? { etag: "", bytes: 0 } : target;
-      await peer.ask({ action: "get", path, offset, length: this.#stretch(), etag });
+      const end = giveUp ? undefined : target.end;
+      const length = Math.min(this.#stretch(), end === undefined ? TO_THE_END : end - offset);
+      await peer.ask({ action: "get", path, offset, length, etag });
       const { type: _, offset: given, ...meta } = await peer.expect("meta");
       if (meta.kind !== "file" || meta.etag === "") throw unexpected("a file without a version");
       if (given !== offset || (etag !== "" && meta.etag !== etag)) throw unexpected("another part than was asked for");
@@ -183,11 +254,11 @@ export class Remote {
       target.begin(meta);
       if (offset === start) hooks.begin?.(meta, offset);
       try {
-        await this.#receive(peer, target, meta.size, hooks);
+        await peer.receive(target, meta.size, hooks.progress);
       } finally {
         await target.settle();
       }
-      if (target.bytes === meta.size) return meta;
+      if (target.bytes === (target.end ?? meta.size)) return meta;
       if (target.bytes === offset) throw unexpected(`the end after ${offset} of ${meta.size} bytes`);
     }
   }
@@ -197,23 +268,50 @@ export class Remote {
     return this.#pace ? Math.ceil((this.#pace.rate * STRETCH_MS) / 1000) : TO_THE_END;
   }
 
-  async #receive(peer: Peer, target: Target, size: number, hooks: DownloadHooks): Promise<void> {
-    let { bytes } = target;
-    const start = bytes;
-    for (;;) {
-      const answer = await peer.expect("data", "end");
-      if (answer.type === "end") {
-        if (answer.count === bytes - start) return;
-        throw unexpected(`the end after ${bytes - start} of ${answer.count} bytes`);
+  /**
+   * Runs many exchanges over one connection, each asked while the answers of those before it are still under way, so that
+   * their number costs no round trips. What was not answered when a connection is lost is asked again on the next.
+   * `beforeWait` is called when all that came was used up.
+   */
+  run(exchanges: Iterator<Exchange> | AsyncIterator<Exchange>, beforeWait?: () => Promise<void>): Promise<void> {
+    const pipeline = new Pipeline(exchanges, this.#options.retries, this.#signal);
+    return this.#call(async (peer) => {
+      peer.beforeWait = beforeWait;
+      try {
+        await pipeline.run(peer);
+      } finally {
+        peer.beforeWait = undefined;
       }
-      const { content, crc32 } = answer;
-      bytes += content.length;
-      if (bytes > size) throw unexpected("more content than announced");
-      peer.progress = true;
-      await target.append(content, crc32, this.#free);
-      hooks.progress?.(bytes);
-      await this.#pace?.take(content.length, this.#signal);
-    }
+    });
+  }
+
+  note(text: string): void {
+    this.#options.note(text);
+  }
+
+  get retries(): number {
+    return this.#options.retries;
+  }
+
+  /** Content of a DATA frame. */
+  get chunkBytes(): number {
+    const most = this.#pace ? Math.floor(this.#pace.rate / PACED_CHUNKS) : MAX_CONTENT_BYTES;
+    return Math.max(1, Math.min(MAX_CONTENT_BYTES, most));
+  }
+
+  /** A change whose answer was lost may have been made: `isDone` tells by the error that the second attempt gets. */
+  #change(request: Request, isDone: (error: RepriseError, peer: Peer) => boolean | Promise<boolean>): Promise<void> {
+    let asked = false;
+    return this.#call(async (peer) => {
+      const again = asked;
+      await peer.ask(request);
+      asked = true;
+      try {
+        await peer.expect("end");
+      } catch (error) {
+        if (!again || !(error instanceof RepriseError) || !(await isDone(error, peer))) throw error;
+      }
+    });
   }
 
   async #call<T>(work: (peer: Peer) => Promise<T>): Promise<T> {
@@ -245,6 +343,10 @@ export class Remote {
         return await this.#follow(work);
       } catch (error) {
         const peer = this.#peer;
+        if (error instanceof Dropped) {
+          this.#drop();
+          continue;
+        }
         if (!(error instanceof RepriseError)) throw this.#drop(error);
         // Nothing was reached: the next of the list, at once.
         if (!peer && error.code === "lost" && ++unreached < this.#options.servers.length) {
@@ -271,7 +373,7 @@ export class Remote {
       throw new RepriseError(error.code, `${error.message} (given up after ${retries} retries)`, error);
     }
     this.#turn++;
-    const wait = Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** (failures - 1)) * (0.75 + Math.random() / 2);
+    const wait = retryMs(failures);
     note(`${error.message}; trying again in ${(wait / 1000).toFixed(1)} s (${failures} of ${retries})`);
     await sleep(wait, this.#signal);
   }
@@ -318,11 +420,29 @@ class Redirected extends Error {
   }
 }
 
+/** The rest of an answer is not worth receiving: the next request goes over another connection. */
+export class Dropped extends Error {
+  readonly problem: RepriseError;
+  constructor(problem: RepriseError) {
+    super(problem.message);
+    this.problem = problem;
+  }
+}
+
+interface PeerOptions {
+  signal: AbortSignal;
+  pool: BufferPool;
+  pace: Pace | undefined;
+}
+
+/** What content is received into; `bytes` is the position that it has come to. */
+export type Receiver = Pick<Target, "bytes" | "append">;
+
 /** One connection to a server: requests go out, answers come in their order. HELLO travels with the first request. */
-class Peer {
+export class Peer {
   readonly #connection: Connection;
-  readonly #signal: AbortSignal | undefined;
-  readonly #onAbort = () => this.#connection.fail(this.#signal?.reason);
+  readonly #options: PeerOptions;
+  readonly #onAbort = () => this.#connection.fail(this.#options.signal.reason);
   #greeted = false;
   #peeked: Answer | undefined;
   /** An answer has come since the last call began, rather than the end of the connection. */
@@ -330,20 +450,66 @@ class Peer {
   /** Content has come on this connection. */
   progress = false;
 
-  static async open(options: ConnectOptions): Promise<Peer> {
+  static async open(options: PeerOptions & ConnectOptions): Promise<Peer> {
     const connection = await connect(options);
     await connection.send(encodeHello());
-    return new Peer(connection, options.signal);
+    return new Peer(connection, options);
   }
 
-  private constructor(connection: Connection, signal: AbortSignal | undefined) {
+  private constructor(connection: Connection, options: PeerOptions) {
     this.#connection = connection;
-    this.#signal = signal;
-    signal?.addEventListener("abort", this.#onAbort, { once: true });
+    this.#options = options;
+    options.signal.addEventListener("abort", this.#onAbort, { once: true });
   }
+
+  /** Gives back the memory of content that was received. */
+  readonly #free = (content: Uint8Array): void => this.#options.pool.give(content);
 
   ask(request: Request): Promise<void> {
     return this.#connection.send(encodeRequest(request));
+  }
+
+  /** `frame` has room for a header, then content, and may be used again on return. Returns the content's crc32. */
+  async content(frame: Uint8Array): Promise<number> {
+    const content = frame.subarray(HEADER_BYTES);
+    const crc32 = Bun.hash.crc32(content);
+    encodeDataHeader(content.length, crc32, frame);
+    await this.#connection.send(frame);
+    await this.#connection.flush();
+    return crc32;
+  }
+
+  /** Content that comes with its end, and is given away. */
+  async wholeContent(frame: Uint8Array): Promise<void> {
+    const content = frame.subarray(HEADER_BYTES);
+    if (content.length > 0) {
+      encodeDataHeader(content.length, Bun.hash.crc32(content), frame);
+      await this.#connection.send(frame);
+    }
+    await this.#connection.send(encodeEnd(content.length));
+  }
+
+  async end(count: number): Promise<void> {
+    await this.#connection.send(encodeEnd(count));
+    await this.#connection.flush();
+  }
+
+  flush(): Promise<void> {
+    return this.#connection.flush();
+  }
+
+  set beforeWait(work: (() => Promise<void>) | undefined) {
+    this.#connection.beforeWait = work;
+  }
+
+  async sums(id: string, path: string): Promise<{ length: number; crc32: number }[]> {
+    await this.ask({ action: "sums", id, path });
+    const sums: { length: number; crc32: number }[] = [];
+    for (;;) {
+      const answer = await this.expect("sum", "end");
+      if (answer.type === "end") return sums;
+      sums.push(answer);
+    }
   }
 
   /** The next answer, which must be of one of these types. Throws what the server says is wrong. */
@@ -353,6 +519,40 @@ class Peer {
     if (!(types as string[]).includes(answer.type))
       throw unexpected(`${answer.type} in place of ${types.join(" or ")}`);
     return answer as Extract<Answer, { type: T }>;
+  }
+
+  /** Receives content into `target` until END. */
+  async receive(target: Receiver, size: number, progress?: (bytes: number) => void): Promise<void> {
+    let { bytes } = target;
+    const start = bytes;
+    for (;;) {
+      const answer = await this.expect("data", "end");
+      if (answer.type === "end") {
+        if (answer.count === bytes - start) return;
+        throw unexpected(`the end after ${bytes - start} of ${answer.count} bytes`);
+      }
+      const { content, crc32 } = answer;
+      bytes += content.length;
+      if (bytes > size) throw unexpected("more content than announced");
+      this.progress = true;
+      await target.append(content, crc32, this.#free);
+      progress?.(bytes);
+      await this.pace(content.length);
+    }
+  }
+
+  /** Receives content until END, and forgets it. */
+  async skip(): Promise<void> {
+    for (;;) {
+      const answer = await this.expect("data", "end");
+      if (answer.type === "end") return;
+      this.#free(answer.content);
+    }
+  }
+
+  /** At a limited rate: waits until so many further bytes are due. */
+  async pace(bytes: number): Promise<void> {
+    if (this.#options.pace) await this.#options.pace.take(bytes, this.#options.signal);
   }
 
   /** Waits for the next answer and leaves it to `expect`. */
@@ -371,7 +571,7 @@ class Peer {
   }
 
   close(): void {
-    this.#signal?.removeEventListener("abort", this.#onAbort);
+    this.#options.signal.removeEventListener("abort", this.#onAbort);
     this.#connection.close();
   }
 
@@ -395,14 +595,292 @@ class Peer {
     }
   }
 
+  async #nextButWait(): Promise<Answer | undefined> {
+    for (;;) {
+      const answer = await this.#next();
+      if (answer?.type !== "wait") return answer;
+    }
+  }
+
   async #read(): Promise<Answer> {
-    const answer = await this.#next();
+    const answer = await this.#nextButWait();
     if (!answer) throw new RepriseError("lost", "the server closed the connection");
     const isLast = answer.type === "error" && ERRORS[answer.error.code].closes;
     if (!isLast) this.answered = true;
     if (answer.type === "error") throw answer.error;
     if (answer.type === "redirect") throw new Redirected(answer);
     return answer;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- pipeline
+
+/** Exchanges over whatever connections it takes: one loop asks, another takes the answers. */
+class Pipeline {
+  readonly #exchanges: Iterator<Exchange> | AsyncIterator<Exchange>;
+  readonly #retries: number;
+  readonly #signal: AbortSignal | undefined;
+  /** Asked, in the order of their answers. */
+  #underWay: Exchange[] = [];
+  /** To be asked again. */
+  #again: Exchange[] = [];
+  readonly #tries = new Map<Exchange, number>();
+  #changed = Promise.withResolvers<void>();
+  #allAsked = false;
+  #isCut = false;
+
+  constructor(exchanges: Iterator<Exchange> | AsyncIterator<Exchange>, retries: number, signal?: AbortSignal) {
+    this.#exchanges = exchanges;
+    this.#retries = retries;
+    this.#signal = signal;
+  }
+
+  async run(peer: Peer): Promise<void> {
+    this.#again = [...this.#underWay.splice(0), ...this.#again];
+    this.#allAsked = this.#isCut = false;
+    const loops = [this.#askAll(peer), this.#takeAll(peer)];
+    try {
+      await Promise.all(loops);
+    } catch (error) {
+      // The other loop must not go on behind the next attempt's back.
+      this.#isCut = true;
+      peer.close();
+      this.#tell();
+      await Promise.allSettled(loops);
+      throw error;
+    }
+  }
+
+  async #askAll(peer: Peer): Promise<void> {
+    for (;;) {
+      const exchange = this.#again.shift() ?? (await this.#next());
+      if (exchange) await this.#askOne(peer, exchange);
+      else if (this.#underWay.length > 0)
+        await this.#until(() => this.#underWay.length === 0 || this.#again.length > 0);
+      else break;
+    }
+    this.#allAsked = true;
+    this.#tell();
+  }
+
+  async #askOne(peer: Peer, exchange: Exchange): Promise<void> {
+    try {
+      await exchange.open?.();
+      const prepare = exchange.preparation?.();
+      if (prepare) {
+        await this.#until(() => this.#underWay.length === 0);
+        await prepare(peer);
+      }
+      await this.#until(() => this.#underWay.length < MAX_UNDER_WAY);
+    } catch (error) {
+      if (!isOfOne(error)) {
+        this.#again.unshift(exchange);
+        throw error;
+      }
+      return this.#refuse(exchange, error);
+    }
+    this.#underWay.push(exchange);
+    this.#tell();
+    await exchange.ask(peer);
+  }
+
+  async #takeAll(peer: Peer): Promise<void> {
+    for (;;) {
+      await this.#until(() => this.#underWay.length > 0 || this.#allAsked);
+      const exchange = this.#underWay[0];
+      if (!exchange) return;
+      try {
+        if (await exchange.take(peer)) this.#again.push(exchange);
+      } catch (error) {
+        if (error instanceof Dropped) {
+          this.#underWay.shift();
+          exchange.failed(error.problem);
+        }
+        if (!isOfOne(error)) throw error;
+        await this.#refuse(exchange, error);
+      }
+      this.#underWay.shift();
+      this.#tell();
+    }
+  }
+
+  /** It may be another time's turn, a few times, or it cannot be done. */
+  async #refuse(exchange: Exchange, error: RepriseError): Promise<void> {
+    const tries = (this.#tries.get(exchange) ?? 0) + 1;
+    if (!ERRORS[error.code].retry || tries > this.#retries) return exchange.failed(error);
+    this.#tries.set(exchange, tries);
+    await sleep(retryMs(tries), this.#signal);
+    this.#again.push(exchange);
+  }
+
+  async #next(): Promise<Exchange | undefined> {
+    const { value, done } = await this.#exchanges.next();
+    return done ? undefined : value;
+  }
+
+  async #until(condition: () => boolean): Promise<void> {
+    while (!condition()) {
+      if (this.#isCut) throw new RepriseError("lost");
+      await this.#changed.promise;
+    }
+  }
+
+  #tell(): void {
+    this.#changed.resolve();
+    this.#changed = Promise.withResolvers<void>();
+  }
+}
+
+/** Whether an error is about one request, and the connection can go on. */
+function isOfOne(error: unknown): error is RepriseError {
+  return error instanceof RepriseError && !ERRORS[error.code].closes;
+}
+
+/** The wait before so many-th attempt after the first: twice as long each time, up to a limit, with jitter. */
+function retryMs(failures: number): number {
+  return Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** (failures - 1)) * (0.75 + Math.random() / 2);
+}
+
+/** An upload, gone on with over whatever connections it takes. */
+export class UploadExchange implements Exchange {
+  readonly #remote: Remote;
+  readonly #options: PutOptions;
+  readonly #source: Source;
+  readonly #hooks: UploadHooks;
+  /** The server may hold something of it. */
+  #begun: boolean;
+  /** All of it was sent, so that it may be done. */
+  #sentBytes: number | undefined;
+  #offset = 0;
+  /** Of what was sent, from the source's start. */
+  #crc32 = 0;
+  #restarts = 0;
+  #at = 0;
+  #answered = false;
+  /** Why it was given up in the middle. */
+  #problem: RepriseError | undefined;
+  #meta: Meta | undefined;
+  #error: RepriseError | undefined;
+
+  constructor(remote: Remote, options: PutOptions, source: Source, hooks: UploadHooks, begun: boolean) {
+    this.#remote = remote;
+    this.#options = options;
+    this.#source = source;
+    this.#hooks = hooks;
+    this.#begun = begun;
+  }
+
+  /** The new version. Throws why there is none. */
+  result(): Meta {
+    if (this.#meta) return this.#meta;
+    throw this.#error ?? new Error("The upload has not been run");
+  }
+
+  /** Finds out how much of the source the server holds, or whether it was done already. */
+  preparation() {
+    if (!this.#begun) return undefined;
+    return async (peer: Peer) => {
+      if (this.#sentBytes !== undefined) this.#meta = await this.#findDone(peer, this.#sentBytes);
+      if (!this.#meta) this.#offset = await this.#agreed(peer);
+    };
+  }
+
+  async ask(peer: Peer): Promise<void> {
+    if (this.#meta) return;
+    const { size, mtime } = this.#source;
+    this.#answered = false;
+    this.#problem = undefined;
+    this.#begun = true;
+    this.#hooks.begin?.(size, this.#offset);
+    await peer.ask({ action: "put", ...this.#options, offset: this.#offset, size, mtime });
+    try {
+      await this.#send(peer);
+      this.#source.verify();
+    } catch (error) {
+      if (!(error instanceof RepriseError) || error.code !== "local") throw error;
+      this.#problem = error;
+      return peer.end(GIVEN_UP);
+    }
+    if (!this.#answered) this.#sentBytes = this.#at;
+    await peer.end(this.#at - this.#offset);
+  }
+
+  async take(peer: Peer): Promise<boolean> {
+    if (this.#meta) return false;
+    try {
+      const { type: _, offset: _offset, ...meta } = await peer.expect("meta");
+      this.#meta = meta;
+      return false;
+    } catch (error) {
+      this.#answered = true;
+      this.#sentBytes = undefined;
+      const problem = isOfOne(error) ? this.#problem : undefined;
+      if (!problem) throw error;
+      return this.#startAgain(problem);
+    }
+  }
+
+  failed(error: RepriseError): void {
+    this.#error = error;
+  }
+
+  async #send(peer: Peer): Promise<void> {
+    const most = this.#remote.chunkBytes;
+    const size = new ChunkSize(most);
+    const frame = new Uint8Array(HEADER_BYTES + most);
+    this.#at = this.#offset;
+    while (!this.#answered) {
+      const startedAt = performance.now();
+      const want = Math.min(size.bytes, this.#source.size - this.#at);
+      const content = frame.subarray(HEADER_BYTES, HEADER_BYTES + want);
+      const count = want === 0 ? 0 : await this.#source.read(this.#at, content);
+      if (count === 0) break;
+      const crc32 = await peer.content(frame.subarray(0, HEADER_BYTES + count));
+      peer.progress = true;
+      this.#at += count;
+      this.#crc32 = crc32Combine(this.#crc32, crc32, count);
+      this.#hooks.progress?.(this.#at, this.#crc32);
+      size.took(performance.now() - startedAt);
+      await peer.pace(count);
+    }
+  }
+
+  /** What changed is sent again from its start, a few times. Throws the problem where that is no way out. */
+  #startAgain(problem: RepriseError): true {
+    if (!(problem instanceof SourceChanged)) throw problem;
+    if (++this.#restarts > this.#remote.retries) {
+      throw new RepriseError("local", `${problem.message}, again and again; put it when it is at rest`);
+    }
+    this.#remote.note(`${problem.message}; starting again`);
+    this.#source.renew();
+    this.#offset = this.#crc32 = 0;
+    this.#begun = false;
+    return true;
+  }
+
+  /** The position up to which the server holds what the source holds. */
+  async #agreed(peer: Peer): Promise<number> {
+    let offset = 0;
+    this.#crc32 = 0;
+    for (const { length, crc32 } of await peer.sums(this.#options.id, "")) {
+      if ((await this.#source.sum(offset, length)) !== crc32) break;
+      offset += length;
+      this.#crc32 = crc32Combine(this.#crc32, crc32, length);
+    }
+    return offset;
+  }
+
+  /** The version of the source, if it is under its name: then only the answer was lost. */
+  async #findDone(peer: Peer, bytes: number): Promise<Meta | undefined> {
+    try {
+      await peer.ask({ action: "stat", path: this.#options.path });
+      const { kind, size, mtime, etag } = await peer.expect("meta");
+      const same = kind === "file" && mtime === this.#source.mtime && size === bytes;
+      return same ? { kind, size, mtime, etag } : undefined;
+    } catch (error) {
+      if (isOfOne(error)) return undefined;
+      throw error;
+    }
   }
 }
 

@@ -10,8 +10,9 @@
  * less than `SETTLE_MS` ago is looked at again after that time, before anything is said of it.
  */
 import { isUtf8 } from "node:buffer";
-import { type BigIntStats, closeSync, constants, fstatSync, lstatSync, openSync, read as readLater } from "node:fs";
+import { type BigIntStats, closeSync, constants, fstatSync, lstatSync, openSync } from "node:fs";
 import { readdir } from "node:fs/promises";
+import { readFully } from "./disk.ts";
 import { Dirent, DirentKind, Errno, type FolderCalls, folderCalls, libc, type Stat } from "./libc.ts";
 import {
   BufferPool,
@@ -81,8 +82,8 @@ export function openFolder(path: string): Root {
 }
 
 /** Names that the server keeps to itself: its own folder, and files that are not finished. */
-function isHidden(name: string): boolean {
-  return name === ".reprise" || name.endsWith(".part");
+export function isHidden(name: string): boolean {
+  return name === ".reprise" || name.startsWith(".reprise-") || name.endsWith(".part");
 }
 
 // ---------------------------------------------------------------------------------------------------- folder
@@ -162,13 +163,8 @@ class FolderRoot implements Root {
     closeSync(this.#fd);
   }
 
-  /** A descriptor that only stands for the place (O_PATH): opening it blocks on nothing and wakes no device. */
   #locate(path: string): number {
-    const segments = splitPath(path);
-    if (segments.some(isHidden)) throw notFound(path);
-    const fd = locateBeneath(this.#fd, path) ?? walkBeneath(this.#fd, segments);
-    if (fd < 0) throw errorFor(-fd, path);
-    return fd;
+    return locate(this.#fd, path);
   }
 }
 
@@ -231,15 +227,13 @@ class FolderFile implements OpenFile {
     closeSync(this.fd);
   }
 
-  /** From the page cache at once; else by Bun's thread pool, so that a slow disk holds up nobody else. */
   async #fill(bytes: Uint8Array, offset: number): Promise<void> {
-    for (let have = 0; have < bytes.length; ) {
-      const rest = bytes.subarray(have);
-      const cached = libc()?.readCached(this.fd, rest, offset + have) ?? -1;
-      const count = cached > 0 ? cached : await readAt(this.fd, rest, offset + have, this.#path);
-      if (count === 0) throw changed(this.#path);
-      have += count;
+    try {
+      if ((await readFully(this.fd, bytes, offset)) === bytes.length) return;
+    } catch (error) {
+      throw new RepriseError("failed", `the server could not read ${quote(this.#path)}`, error);
     }
+    throw changed(this.#path);
   }
 
   /** A page that left the cache would make sendfile wait for the disk, and with it every other connection. */
@@ -257,16 +251,19 @@ function takeScratch(): Uint8Array {
   return freeScratch.pop() ?? new Uint8Array(PIECE_BYTES);
 }
 
-function readAt(fd: number, bytes: Uint8Array, offset: number, path: string): Promise<number> {
-  return new Promise((resolve, reject) => {
-    readLater(fd, bytes, 0, bytes.length, offset, (error, count) => {
-      if (error) reject(new RepriseError("failed", `the server could not read ${quote(path)}`, error));
-      else resolve(count);
-    });
-  });
-}
-
 // ---------------------------------------------------------------------------------------------------- names
+
+/**
+ * A descriptor of what a path names beneath `root`. It only stands for the place (O_PATH): opening it blocks on nothing
+ * and wakes no device. Throws `not_found`, `bad_name`, `refused`.
+ */
+export function locate(root: number, path: string): number {
+  const segments = splitPath(path);
+  if (segments.some(isHidden)) throw notFound(path);
+  const fd = locateBeneath(root, path) ?? walkBeneath(root, segments);
+  if (fd < 0) throw errorFor(-fd, path);
+  return fd;
+}
 
 /** openat2: the kernel resolves beneath the root. Undefined where there is no such call. */
 function locateBeneath(root: number, path: string): number | undefined {
@@ -301,7 +298,7 @@ function walkBeneath(root: number, segments: string[]): number {
   return fd;
 }
 
-function beneath(fd: number): string {
+export function beneath(fd: number): string {
   return `/proc/self/fd/${fd}`;
 }
 
@@ -443,7 +440,7 @@ async function settled(fd: number): Promise<BigIntStats> {
   }
 }
 
-function metaOf(stat: BigIntStats, path: string): Meta {
+export function metaOf(stat: BigIntStats, path: string): Meta {
   const mtime = Number(stat.mtimeNs / 1000n);
   if (!isSendable(Number(stat.size), mtime)) {
     throw new RepriseError("refused", `refused: the size or time of ${quote(path)} is beyond 2^53`);
@@ -460,7 +457,7 @@ function isSendable(size: number, mtime: number): boolean {
 }
 
 /** Hashed, because an inode number is nobody's business. */
-function etagOf(stat: BigIntStats): string {
+export function etagOf(stat: BigIntStats): string {
   return Bun.hash.xxHash64(`${stat.ino}-${stat.size}-${stat.mtimeNs}-${stat.ctimeNs}`).toString(16).padStart(16, "0");
 }
 
@@ -530,7 +527,7 @@ function errorFor(errno: number, path: string): RepriseError {
   }
 }
 
-function errorCode(error: unknown): string {
+export function errorCode(error: unknown): string {
   return (error as NodeJS.ErrnoException).code ?? String(error);
 }
 

@@ -12,7 +12,7 @@ import {
   setBeforeSaying,
   writeError,
 } from "./command.ts";
-import { type Entry, RepriseError } from "./protocol.ts";
+import { type Entry, RepriseError, UNKNOWN_SIZE } from "./protocol.ts";
 
 /** Redraws of the progress line: at most ten a second. */
 const REDRAW_MS = 100;
@@ -58,8 +58,7 @@ export class ProgressLine {
   #bytes = 0;
   #drawnAt = 0;
   #rate = 0;
-  #rateAt = performance.now();
-  #rateBytes = 0;
+  readonly #measured = new Rate();
 
   constructor(name: string) {
     this.#name = printable(name);
@@ -69,7 +68,8 @@ export class ProgressLine {
   /** `offset` of `total` bytes were there already. */
   begin(offset: number, total: number): void {
     this.#total = total;
-    this.#offset = this.#bytes = this.#rateBytes = offset;
+    this.#offset = this.#bytes = offset;
+    this.#measured.begin(offset);
   }
 
   update(bytes: number): void {
@@ -77,7 +77,7 @@ export class ProgressLine {
     const now = performance.now();
     if (now - this.#drawnAt < REDRAW_MS) return;
     this.#drawnAt = now;
-    this.#measure(now);
+    this.#rate = this.#measured.measure(now, bytes);
     this.#draw(`${formatSize(this.#rate)}/s`, this.#timeLeft());
   }
 
@@ -99,33 +99,102 @@ export class ProgressLine {
     const bytes = this.#bytes - this.#offset;
     const resumed = this.#offset > 0 ? `, resumed at ${formatSize(this.#offset)}` : "";
     const rate = `${formatSize(bytes / Math.max(seconds, 0.001))}/s`;
-    writeError(`${this.#name}  ${formatSize(this.#total)} in ${seconds.toFixed(1)} s, ${rate}${resumed}\n`);
+    writeError(`${this.#name}  ${formatSize(this.#bytes)} in ${seconds.toFixed(1)} s, ${rate}${resumed}\n`);
   }
 
-  /** Smoothed over about two seconds. */
-  #measure(now: number): void {
-    const seconds = (now - this.#rateAt) / 1000;
-    const current = (this.#bytes - this.#rateBytes) / Math.max(seconds, 0.001);
-    const weight = this.#rate === 0 ? 1 : Math.min(1, seconds / 2);
-    this.#rate += (current - this.#rate) * weight;
-    this.#rateAt = now;
-    this.#rateBytes = this.#bytes;
+  /** Unknown for what comes from a pipe. */
+  #share(): string {
+    if (this.#total >= UNKNOWN_SIZE) return "";
+    return `${this.#total > 0 ? Math.floor((this.#bytes / this.#total) * 100) : 100} %`;
   }
 
   #timeLeft(): string {
-    if (this.#rate < 1) return "";
+    if (this.#rate < 1 || this.#total >= UNKNOWN_SIZE) return "";
     return `${formatDuration((this.#total - this.#bytes) / this.#rate)} left`;
   }
 
   #draw(...figures: string[]): void {
-    const share = this.#total > 0 ? Math.floor((this.#bytes / this.#total) * 100) : 100;
-    const rest = ["", `${share} %`, formatSize(this.#bytes), ...figures].join("  ");
-    const columns = (process.stderr.columns || 80) - 1;
-    const room = Math.max(8, columns - Bun.stringWidth(rest));
-    // On a narrow terminal the last figures are left out, rather than a line wrapped that can't be redrawn.
-    writeError(`\r${(shorten(this.#name, room) + rest).slice(0, columns)}\x1b[K`);
+    drawLine(this.#name, [this.#share(), formatSize(this.#bytes), ...figures].filter(Boolean));
     this.#drawnAt ||= performance.now();
   }
+}
+
+/** One line for a folder on its way. `name  312 of 1,040 files  12.3 MB  85.2 MB/s  0:03 left`. */
+export class FolderLine {
+  readonly #name: string;
+  readonly #tally: FolderTally;
+  readonly #rate = new Rate();
+  #drawnAt = 0;
+
+  constructor(name: string, tally: FolderTally) {
+    this.#name = printable(name);
+    this.#tally = tally;
+    setBeforeSaying(() => this.#clear());
+  }
+
+  update(): void {
+    const now = performance.now();
+    if (now - this.#drawnAt < REDRAW_MS) return;
+    this.#drawnAt = now;
+    const { files, plannedFiles, bytes, plannedBytes, isPlanned } = this.#tally;
+    const rate = this.#rate.measure(now, bytes);
+    const all = `${plannedFiles.toLocaleString("en")}${isPlanned ? "" : "+"}`;
+    const left = isPlanned && rate >= 1 ? `${formatDuration((plannedBytes - bytes) / rate)} left` : "";
+    drawLine(this.#name, [
+      `${files.toLocaleString("en")} of ${all} files`,
+      formatSize(bytes),
+      `${formatSize(rate)}/s`,
+      left,
+    ]);
+  }
+
+  end(): void {
+    this.#clear();
+    setBeforeSaying(() => {});
+  }
+
+  #clear(): void {
+    if (this.#drawnAt > 0) writeError("\r\x1b[K");
+  }
+}
+
+export interface FolderTally {
+  files: number;
+  plannedFiles: number;
+  bytes: number;
+  plannedBytes: number;
+  /** Nothing more will be planned. */
+  isPlanned: boolean;
+}
+
+/** Bytes a second, smoothed over about two seconds. */
+class Rate {
+  #rate = 0;
+  #at = performance.now();
+  #bytes = 0;
+
+  /** `bytes` were there before. */
+  begin(bytes: number): void {
+    this.#bytes = bytes;
+  }
+
+  measure(now: number, bytes: number): number {
+    const seconds = (now - this.#at) / 1000;
+    const current = (bytes - this.#bytes) / Math.max(seconds, 0.001);
+    const weight = this.#rate === 0 ? 1 : Math.min(1, seconds / 2);
+    this.#rate += (current - this.#rate) * weight;
+    this.#at = now;
+    this.#bytes = bytes;
+    return this.#rate;
+  }
+}
+
+/** On a narrow terminal the last figures are left out, rather than a line wrapped that can't be redrawn. */
+function drawLine(name: string, figures: string[]): void {
+  const rest = ["", ...figures].join("  ");
+  const columns = (process.stderr.columns || 80) - 1;
+  const room = Math.max(8, columns - Bun.stringWidth(rest));
+  writeError(`\r${(shorten(name, room) + rest).slice(0, columns)}\x1b[K`);
 }
 
 /** Cut in the middle to at most `width` columns: the end of a name tells more than its middle. */

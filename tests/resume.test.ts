@@ -495,7 +495,8 @@ test.skipIf(!canMount)(
     try {
       const filler = join(small.path, "filler");
       writeFileSync(filler, new Uint8Array(1 << 20));
-      const part = PartFile.open(join(small.path, "big"), "big", "server", () => {});
+      const file = await PartFile.open(join(small.path, "big"), "big", "server", () => {});
+      const part = file.segments[0]!;
       part.begin({ kind: "file", size: 4 << 20, mtime: 0, etag: "e" });
       const failed = Promise.withResolvers<void>();
       await part.append(new Uint8Array(2_500_000), 0, () => failed.resolve()).catch(() => {});
@@ -504,7 +505,7 @@ test.skipIf(!canMount)(
       await expect(part.append(new Uint8Array(1000), 0, () => {})).rejects.toThrow("the disk is full");
       await expect(part.settle()).rejects.toThrow("the disk is full");
       expect(part.bytes).toBe(0);
-      part.close();
+      file.close();
     } finally {
       Bun.spawnSync(["umount", small.path]);
     }

@@ -1,0 +1,523 @@
+/**
+ * The writing side of a root: what clients put, remove, move and make, on disk before it is acknowledged.
+ *
+ * Content is staged in `ROOT/.reprise/`, which is never listed or served, under a name of the upload's own. Changes are
+ * then applied in groups: the staged files are synced side by side, all take their names in order under one lock that
+ * the workers share, and the folders are synced. A reader sees the old file or the new one, whole; a crash leaves
+ * nothing but a staged file, which an upload with an id can go on with for a week.
+ *
+ * Names are resolved as for reading, beneath the root by descriptor: see storage.ts.
+ */
+import { randomUUID } from "node:crypto";
+import {
+  closeSync,
+  constants,
+  fchmodSync,
+  fstatSync,
+  ftruncateSync,
+  lstatSync,
+  mkdirSync,
+  openSync,
+  readdirSync,
+  renameSync,
+  unlinkSync,
+} from "node:fs";
+import { rm } from "node:fs/promises";
+import {
+  crc32Of,
+  Held,
+  isInMemory,
+  isRunning,
+  openLocked,
+  type Release,
+  removeIfThere,
+  setTime,
+  syncTogether,
+  tryLock,
+  unlock,
+  WriteQueue,
+} from "./disk.ts";
+import { libc } from "./libc.ts";
+import { type Meta, type Put, quote, RepriseError, type Request, SUM_BYTES, splitPath } from "./protocol.ts";
+import { beneath, errorCode, etagOf, isHidden, locate, metaOf } from "./storage.ts";
+
+const STAGING = ".reprise";
+/** What an upload that was given up leaves is kept this long. */
+const KEEP_MS = 7 * 24 * 3600 * 1000;
+/** The lock that all workers share is held for some milliseconds at a time. */
+const LOCK_RETRY_MS = 1;
+const LOCK_LIMIT_MS = 10_000;
+
+export type Change = Upload | Extract<Request, { action: "remove" | "move" | "mkdir" }>;
+/** What became of a change: the new version of an upload, nothing for others, or what was wrong. */
+export type Outcome = Meta | RepriseError | undefined;
+
+export interface ChangesOptions {
+  /** The folder in the root where content is staged; hidden, see `isHidden`. */
+  staging?: string;
+  /** Makes of a system error on a path what is said of it. */
+  wrap?: Wrap;
+}
+type Wrap = (error: unknown, path: string) => RepriseError;
+
+/** A root that can be written, made if it is not there. Throws system errors. */
+export function openChanges(root: string, { staging = STAGING, wrap = errorOf }: ChangesOptions = {}): Changes {
+  mkdirSync(`${root}/${staging}`, { mode: 0o700, recursive: true });
+  const flags = constants.O_RDONLY | constants.O_DIRECTORY;
+  return new Changes(openSync(root, flags), openSync(`${root}/${staging}`, flags | constants.O_NOFOLLOW), wrap);
+}
+
+export class Changes {
+  readonly #root: number;
+  readonly #staging: string;
+  readonly #stagingFd: number;
+  readonly #lock: number;
+  readonly #inMemory: boolean;
+  readonly #wrap: Wrap;
+  readonly #anonymous = `new-${process.pid}-${randomUUID()}`;
+  #count = 0;
+
+  constructor(root: number, staging: number, wrap: Wrap) {
+    this.#wrap = wrap;
+    this.#root = root;
+    this.#stagingFd = staging;
+    this.#staging = beneath(staging);
+    this.#lock = openSync(this.#lockPath, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600);
+    this.#inMemory = isInMemory(staging);
+  }
+
+  /**
+   * Begins to take an upload. What is known to end in an error later is refused now. Throws `not_found` for the folder,
+   * `not_a_file`, `exists`, `changed`, `in_use`, `bad_range`, `no_room`.
+   */
+  receive(put: Put, isSmall: boolean): Upload {
+    if (!isSmall) this.#check(put);
+    if (put.id !== "" && !/^[0-9a-f]{32}$/.test(put.id)) throw new RepriseError("refused", "refused: not an upload id");
+    const name = put.id === "" ? `${this.#anonymous}-${++this.#count}` : `put-${put.id}`;
+    try {
+      return Upload.open(put, `${this.#staging}/${name}`, this.#wrap);
+    } catch (error) {
+      throw this.#wrap(error, put.path);
+    }
+  }
+
+  /** Makes the changes in their order, and returns when all that succeeded are on disk. */
+  async apply(changes: Change[]): Promise<Outcome[]> {
+    const outcomes: Outcome[] = await this.#syncContents(changes);
+    const folders = new Folders(this.#root);
+    try {
+      const release = await this.#takeLock();
+      try {
+        for (const [index, change] of changes.entries()) outcomes[index] ??= this.#make(change, folders);
+      } finally {
+        release();
+      }
+      if (!this.#inMemory) await this.#syncFolders(folders, changes, outcomes);
+      return outcomes;
+    } finally {
+      folders.close();
+    }
+  }
+
+  /** Checksums of what is held of an upload, from its start. */
+  async *sums(id: string): AsyncGenerator<{ length: number; crc32: number }> {
+    let fd: number;
+    try {
+      fd = openSync(`${this.#staging}/put-${id.replace(/[^0-9a-f]/g, "")}`, constants.O_RDONLY | constants.O_NOFOLLOW);
+    } catch {
+      return;
+    }
+    try {
+      const { size } = fstatSync(fd);
+      for (let at = 0; at < size; at += SUM_BYTES) {
+        const length = Math.min(SUM_BYTES, size - at);
+        const crc32 = await crc32Of(fd, at, length);
+        if (crc32 === undefined) return;
+        yield { length, crc32 };
+      }
+    } finally {
+      closeSync(fd);
+    }
+  }
+
+  /** Removes what nobody will go on with: of ended workers, of removed folders, and uploads that are a week old. */
+  async sweep(now = Date.now()): Promise<void> {
+    for (const name of readdirSync(this.#staging)) {
+      const path = `${this.#staging}/${name}`;
+      const [kind, pid] = name.split("-");
+      if (kind === "trash") await rm(path, { recursive: true, force: true });
+      else if (kind === "new" && !isRunning(Number(pid))) removeIfThere(path);
+      else if (kind === "put") sweepUpload(path, now);
+    }
+  }
+
+  close(): void {
+    for (const fd of [this.#lock, this.#stagingFd, this.#root]) closeSync(fd);
+  }
+
+  /** The same, of a root that nobody else writes in this way: nothing staged stays behind. */
+  async leave(root: string, staging: string): Promise<void> {
+    this.close();
+    await rm(`${root}/${staging}`, { recursive: true, force: true });
+  }
+
+  get #lockPath(): string {
+    return `${this.#staging}/lock`;
+  }
+
+  /** The names in order: another worker waits, so that what was looked at under a name is still true when it is taken. */
+  async #takeLock(): Promise<() => void> {
+    const end = performance.now() + LOCK_LIMIT_MS;
+    while (!tryLock(this.#lock, this.#lockPath)) {
+      if (performance.now() > end) throw new RepriseError("in_use", "the server's root is locked by another process");
+      await Bun.sleep(LOCK_RETRY_MS);
+    }
+    return () => unlock(this.#lock, this.#lockPath);
+  }
+
+  async #syncContents(changes: Change[]): Promise<Outcome[]> {
+    const outcomes: Outcome[] = changes.map((change) => (change instanceof Upload ? change.prepare() : undefined));
+    if (this.#inMemory) return outcomes;
+    const staged = [...changes.entries()].filter(([index, change]) => change instanceof Upload && !outcomes[index]);
+    const failures = await syncTogether(staged.map(([, change]) => (change as Upload).fd));
+    for (const [at, [index, change]] of staged.entries()) {
+      if (!failures[at]) continue;
+      // What the disk has of it is not known: nothing to go on with.
+      (change as Upload).drop();
+      outcomes[index] = this.#wrap(failures[at], (change as Upload).request.path);
+    }
+    return outcomes;
+  }
+
+  async #syncFolders(folders: Folders, changes: Change[], outcomes: Outcome[]): Promise<void> {
+    const failures = await syncTogether(folders.touched);
+    const failure = failures.find(Boolean);
+    if (!failure) return;
+    for (const [index, change] of changes.entries()) {
+      const path = change instanceof Upload ? change.request.path : change.path;
+      if (!(outcomes[index] instanceof RepriseError)) outcomes[index] = this.#wrap(failure, path);
+    }
+  }
+
+  #make(change: Change, folders: Folders): Outcome {
+    try {
+      if (change instanceof Upload) return this.#place(change, folders);
+      if (change.action === "remove") return this.#remove(change.path, change.recursive, folders);
+      if (change.action === "move") return this.#move(change.path, change.to, change.overwrite, folders);
+      return this.#makeFolder(change.path, change.parents, folders);
+    } catch (error) {
+      return this.#wrap(error, change instanceof Upload ? change.request.path : change.path);
+    }
+  }
+
+  #check(put: Put): Stats | undefined {
+    const folders = new Folders(this.#root);
+    try {
+      return checkTarget(put, folders.parentOf(put.path).place);
+    } finally {
+      folders.close();
+    }
+  }
+
+  #place(upload: Upload, folders: Folders): Meta {
+    const { request } = upload;
+    const { place, folder } = folders.parentOf(request.path);
+    const target = checkTarget(request, place);
+    // Who may read a file does not change with its content.
+    if (target) fchmodSync(upload.fd, Number(target.mode) & 0o777);
+    if (request.noClobber) renameNew(upload.staged, place);
+    else renameSync(upload.staged, place);
+    upload.placed = true;
+    folders.touch(folder);
+    return metaOf(fstatSync(upload.fd, { bigint: true }), request.path);
+  }
+
+  #remove(path: string, recursive: boolean, folders: Folders): undefined {
+    const { place, folder } = folders.parentOf(path);
+    const target = lookAt(place);
+    if (!target) throw new RepriseError("not_found", `not found: ${quote(path)}`);
+    folders.touch(folder);
+    if (!target.isDirectory()) return void unlinkSync(place);
+    if (!recursive) throw refused(`${quote(path)} is a folder; rm -r removes it with all that is in it`);
+    // It goes at once and as a whole; its content is removed beside what comes next.
+    const trash = `${this.#staging}/trash-${randomUUID()}`;
+    renameSync(place, trash);
+    folders.forget();
+    rm(trash, { recursive: true, force: true }).catch(() => {
+      // The next sweep tries again.
+    });
+  }
+
+  #move(path: string, to: string, overwrite: boolean, folders: Folders): undefined {
+    const from = folders.parentOf(path);
+    const target = folders.parentOf(to);
+    const source = lookAt(from.place);
+    if (!source) throw new RepriseError("not_found", `not found: ${quote(path)}`);
+    metaOf(source, path);
+    const there = lookAt(target.place);
+    if (there?.isDirectory() && !source.isDirectory()) throw notAFile(to);
+    if (overwrite) renameSync(from.place, target.place);
+    else renameNew(from.place, target.place);
+    folders.touch(from.folder);
+    folders.touch(target.folder);
+    folders.forget();
+  }
+
+  #makeFolder(path: string, parents: boolean, folders: Folders): undefined {
+    const segments = splitPath(path);
+    const first = parents ? 1 : segments.length;
+    if (segments.length === 0 && !parents) throw exists(path);
+    for (let depth = first; depth <= segments.length; depth++) {
+      const { place, folder } = folders.parentOf(segments.slice(0, depth).join("/"));
+      const there = lookAt(place);
+      if (there && !parents) throw exists(path);
+      if (there && !there.isDirectory()) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
+      if (there) continue;
+      mkdirSync(place);
+      folders.touch(folder);
+    }
+  }
+}
+
+/** A file on its way into the root. */
+export class Upload {
+  readonly action = "put";
+  readonly request: Put;
+  readonly staged: string;
+  readonly fd: number;
+  readonly #queue: WriteQueue;
+  readonly #wrap: Wrap;
+  /** It has its name: nothing is staged any more. */
+  placed = false;
+
+  static open(request: Put, staged: string, wrap: Wrap): Upload {
+    const fd = openLocked(staged);
+    if (fstatSync(fd).size < request.offset) {
+      unlock(fd, staged);
+      closeSync(fd);
+      if (request.offset > 0) removeIfThere(staged);
+      throw new RepriseError("bad_range", `the server does not hold ${request.offset} bytes of ${quote(request.path)}`);
+    }
+    return new Upload(request, staged, fd, wrap);
+  }
+
+  private constructor(request: Put, staged: string, fd: number, wrap: Wrap) {
+    this.#wrap = wrap;
+    this.request = request;
+    this.staged = staged;
+    this.fd = fd;
+    if (request.offset > 0 || request.id !== "") ftruncateSync(fd, request.offset);
+    const wrapHere = (error: unknown) => wrap(error, request.path);
+    this.#queue = new WriteQueue(fd, { seekable: true, wrap: wrapHere, bytes: request.offset });
+  }
+
+  /** Bytes held, from the start. */
+  get bytes(): number {
+    return this.#queue.bytes;
+  }
+
+  /** Takes the chunk's memory over until it calls `free` with it. Throws `no_room`, `failed`. */
+  append(chunk: Uint8Array, crc32: number, free: Release): Promise<void> {
+    return this.#queue.append(chunk, crc32, free);
+  }
+
+  /** All that was appended is with the operating system. Throws as `append`. */
+  settle(): Promise<void> {
+    return this.#queue.settle();
+  }
+
+  /** Before it is synced: its time. */
+  prepare(): RepriseError | undefined {
+    try {
+      setTime(this.fd, this.request.mtime);
+    } catch (error) {
+      return this.#wrap(error, this.request.path);
+    }
+  }
+
+  /** Forgets what is staged. */
+  drop(): void {
+    if (!this.placed) removeIfThere(this.staged);
+    this.placed = true;
+  }
+
+  /** Lets go of it; what is staged stays for an upload that can go on. */
+  close(): void {
+    if (this.request.id === "") this.drop();
+    unlock(this.fd, this.staged);
+    closeSync(this.fd);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- names
+
+/** The folders that a group of changes has to do with, each opened once. */
+class Folders {
+  readonly #root: number;
+  readonly #open: number[] = [];
+  readonly #known = new Map<string, number>();
+  readonly #touched = new Set<number>();
+
+  constructor(root: number) {
+    this.#root = root;
+  }
+
+  /** The folder that a name is in, and the name as a path beneath its descriptor. Throws `not_found`, `bad_name`, `refused`. */
+  parentOf(path: string): { folder: number; place: string } {
+    const segments = splitPath(path);
+    const name = segments.pop();
+    if (name === undefined) throw refused("the served folder itself cannot be changed");
+    if ([name, ...segments].some(isHidden)) throw refused(`${quote(path)} is a name that the server keeps to itself`);
+    const folder = this.#folder(segments.join("/"), path);
+    return { folder, place: `${beneath(folder)}/${name}` };
+  }
+
+  touch(folder: number): void {
+    this.#touched.add(folder);
+  }
+
+  /** A folder may have gone from where it was. */
+  forget(): void {
+    this.#known.clear();
+  }
+
+  get touched(): number[] {
+    return [...this.#touched];
+  }
+
+  close(): void {
+    for (const fd of this.#open) closeSync(fd);
+  }
+
+  #folder(path: string, wanted: string): number {
+    const known = this.#known.get(path);
+    if (known !== undefined) return known;
+    const at = locateParent(this.#root, path, wanted);
+    try {
+      // Not only a place, as for looking: it is to be synced.
+      const fd = openSync(beneath(at), constants.O_RDONLY | constants.O_DIRECTORY);
+      this.#open.push(fd);
+      this.#known.set(path, fd);
+      return fd;
+    } catch (error) {
+      if (errorCode(error) === "ENOTDIR") throw notAFolder(path, wanted);
+      throw error;
+    } finally {
+      closeSync(at);
+    }
+  }
+}
+
+function locateParent(root: number, path: string, wanted: string): number {
+  try {
+    return locate(root, path);
+  } catch (error) {
+    if (!(error instanceof RepriseError) || error.code !== "not_found") throw error;
+    throw new RepriseError("not_found", `not found: the folder ${quote(path)} for ${quote(wanted)}; mkdir -p makes it`);
+  }
+}
+
+type Stats = ReturnType<typeof lookAt>;
+
+function lookAt(place: string) {
+  return lstatSync(place, { bigint: true, throwIfNoEntry: false });
+}
+
+/** Whether an upload may take the name. Throws `not_a_file`, `exists`, `changed`, `refused`. */
+function checkTarget({ path, noClobber, etag }: Put, place: string): Stats {
+  const target = lookAt(place);
+  if (target?.isDirectory()) throw notAFile(path);
+  // A link or device is not ours to replace.
+  if (target) metaOf(target, path);
+  if (target && noClobber) throw exists(path);
+  if (etag !== "" && (!target || etagOf(target) !== etag)) {
+    throw new RepriseError(
+      "changed",
+      `changed on the server: ${quote(path)} is not the version that was to be replaced`,
+    );
+  }
+  return target;
+}
+
+/** rename(2) that never replaces. Without the call for it, the lock keeps at least other clients from coming between. */
+function renameNew(from: string, to: string): void {
+  if (libc()?.renameNew(from, to) === 0) return;
+  // Not there, not known to the file system, or refused: a look and a plain rename say which.
+  if (lookAt(to)) throw Object.assign(new Error("the name is taken"), { code: "EEXIST" });
+  renameSync(from, to);
+}
+
+function sweepUpload(path: string, now: number): void {
+  const stat = lstatSync(path, { throwIfNoEntry: false });
+  if (!stat || now - stat.ctimeMs < KEEP_MS) return;
+  try {
+    const fd = openLocked(path);
+    removeIfThere(path);
+    unlock(fd, path);
+    closeSync(fd);
+  } catch (error) {
+    // Somebody has just gone on with it.
+    if (!(error instanceof Held)) throw error;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- errors
+
+function refused(text: string): RepriseError {
+  return new RepriseError("refused", `refused: ${text}`);
+}
+
+function exists(path: string): RepriseError {
+  return new RepriseError("exists", `${quote(path)} exists already`);
+}
+
+function notAFile(path: string): RepriseError {
+  return new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);
+}
+
+function notAFolder(path: string, wanted: string): RepriseError {
+  return new RepriseError("not_a_folder", `not a folder: ${quote(path)}, and so there is no ${quote(wanted)}`);
+}
+
+/** What went wrong in words for the peer: no path of the machine, no number. */
+function errorOf(error: unknown, path: string): RepriseError {
+  if (error instanceof RepriseError) return error;
+  if (error instanceof Held) {
+    return new RepriseError("in_use", `${quote(path)} is still being received over another connection`, error);
+  }
+  const name = quote(path);
+  switch (errorCode(error)) {
+    case "ENOSPC":
+    case "EDQUOT":
+      return new RepriseError("no_room", `no room on the server for ${name}; make room there and put it again`, error);
+    case "EFBIG":
+      return new RepriseError("no_room", `${name} is larger than the server's file system allows`, error);
+    case "ENOENT":
+      return new RepriseError("not_found", `not found: ${name}`, error);
+    case "EEXIST":
+    case "ENOTEMPTY":
+      return new RepriseError("exists", `${name}: something of the new name exists already, and is not empty`, error);
+    case "EISDIR":
+      return notAFile(path);
+    case "ENOTDIR":
+      return new RepriseError("not_a_folder", `not a folder: a part of ${name}`, error);
+    case "EINVAL":
+      return new RepriseError(
+        "refused",
+        `refused: the server's file system takes no such name or move: ${name}`,
+        error,
+      );
+    case "ENAMETOOLONG":
+    case "EILSEQ":
+      return new RepriseError("bad_name", `refused: the server's file system takes no such name: ${name}`, error);
+    case "EXDEV":
+      return new RepriseError("refused", `refused: ${name} is on another file system of the server`, error);
+    case "EROFS":
+    case "EACCES":
+    case "EPERM":
+    case "EBUSY":
+      return new RepriseError("refused", `refused: the server may not write ${name}`, error);
+    default:
+      return new RepriseError("failed", `the server could not write ${name}`, error);
+  }
+}

@@ -1,0 +1,565 @@
+/**
+ * One connection of the server, from HELLO to its end: a loop that takes a request, answers it, and takes the next.
+ *
+ * No session holds more of a file than a chunk, and none goes on before the kernel has taken what it sent. Requests that
+ * change something are put off while further ones are there already, and are then applied and answered together: see
+ * changes.ts. Answers keep the order of the requests all the same.
+ */
+import { writeSync } from "node:fs";
+import { type Change, type Changes, Upload } from "./changes.ts";
+import { say } from "./command.ts";
+import { ChunkSize, type Connection, Pace } from "./connection.ts";
+import { version } from "./package.json";
+import {
+  BufferPool,
+  type Content,
+  decodeContent,
+  decodeHello,
+  decodeRequest,
+  EntriesEncoder,
+  ERRORS,
+  encodeDataHeader,
+  encodeEnd,
+  encodeError,
+  encodeInfo,
+  encodeMeta,
+  encodeSum,
+  encodeWait,
+  encodeWelcome,
+  type Frame,
+  HEADER_BYTES,
+  MAX_CONTENT_BYTES,
+  MAX_REQUEST_BYTES,
+  type Meta,
+  PROTOCOL_VERSION,
+  type Put,
+  quote,
+  RepriseError,
+  type Request,
+  SUM_BYTES,
+  toJson,
+  UNKNOWN_SIZE,
+} from "./protocol.ts";
+import type { OpenFile, Root } from "./storage.ts";
+
+const SOFTWARE = `reprise ${version}`;
+/** Content of a DATA frame where it passes through our memory, which a thousand slow readers then share. */
+const COPIED_CHUNK_BYTES = 64 * 1024;
+/** Below this, copying costs less than the calls that avoid it, and several answers travel in one packet. */
+const MIN_SENDFILE_BYTES = 64 * 1024;
+/** At a limited rate, so many chunks a second. */
+const PACED_CHUNKS = 8;
+/** Changes that one session puts off; and all of a worker's together, for each holds a descriptor. */
+const MAX_GROUP = 256;
+const MAX_STAGED = 512;
+/** A peer that waits for its answer is told so this often. */
+const WAIT_MS = 5_000;
+/** What a worker is told by the supervisor, as JSON in the environment variable REPRISE_WORKER. */
+export interface Settings {
+  worker: number;
+  workers: number;
+  root: string;
+  host: string;
+  port: number;
+  /** Of this worker. */
+  maxConnections: number;
+  idleMs: number;
+  graceMs: number;
+  /** Bytes a second for one connection. */
+  limitRate?: number | undefined;
+  writable: boolean;
+  log: LogFormat;
+}
+export type LogFormat = "pretty" | "json";
+
+/** What the sessions of one worker share. */
+export interface Worker {
+  readonly settings: Settings;
+  readonly root: Root;
+  /** Undefined where the root is not to be written. */
+  readonly changes: Changes | undefined;
+  readonly sessions: Set<Session>;
+  readonly startedAt: number;
+  /** SIGTERM came: what runs may end, nothing new begins. */
+  draining: boolean;
+  /** The grace is over: transfers end at the next chunk. */
+  stopping: boolean;
+  /** Uploads that wait for their group. */
+  staged: number;
+}
+
+/** A change whose content is there, and which is not yet made. */
+interface Pending {
+  change: Change;
+  startedAt: number;
+  bytes: number;
+}
+
+/** Memory for uploads, whose frames are large; what is not in use is shared by all sessions. */
+export const uploadPool = new BufferPool(MAX_CONTENT_BYTES + 2 * HEADER_BYTES);
+const free = (chunk: Uint8Array) => uploadPool.give(chunk);
+
+export class Session {
+  readonly #worker: Worker;
+  readonly #connection: Connection;
+  readonly #pace: Pace | undefined;
+  readonly #peer: string;
+  #state: "greeting" | "waiting" | "answering" | "ending" = "greeting";
+  /** Content sent for the current request, for the log. */
+  #bytes = 0;
+  #pending: Pending[] = [];
+  /** The END of the current upload has come. */
+  #ended = true;
+
+  constructor(worker: Worker, connection: Connection) {
+    this.#worker = worker;
+    this.#connection = connection;
+    this.#peer = connection.peer;
+    this.#pace = worker.settings.limitRate ? new Pace(worker.settings.limitRate) : undefined;
+    connection.beforeWait = () => this.#apply();
+  }
+
+  async run(): Promise<void> {
+    try {
+      await this.#serve();
+      await this.#end();
+    } catch (error) {
+      this.#abandon();
+      await this.#refuse(error);
+    }
+  }
+
+  /** SIGTERM: a session between two requests ends, another when its answer is done. */
+  drain(): void {
+    if (this.#state === "waiting" || this.#state === "greeting")
+      this.#connection.fail(new RepriseError("shutting_down"));
+  }
+
+  close(): void {
+    this.#connection.close();
+  }
+
+  async #serve(): Promise<void> {
+    const hello = await this.#next();
+    if (!hello) return;
+    await this.#greet(hello);
+    for (;;) {
+      this.#state = "waiting";
+      const frame = await this.#next();
+      if (!frame) return;
+      const request = decodeRequest(frame);
+      this.#state = "answering";
+      if (isChange(request)) await this.#take(request);
+      else {
+        await this.#apply();
+        await this.#answer(request);
+      }
+      if (request.action === "quit") return;
+      if (this.#worker.draining) {
+        await this.#apply();
+        throw new RepriseError("shutting_down");
+      }
+    }
+  }
+
+  async #next(): Promise<Frame | undefined> {
+    try {
+      return await this.#connection.next();
+    } catch (error) {
+      if (!(error instanceof RepriseError)) throw error;
+      if (error.code === "timeout") throw new RepriseError("idle");
+      // Before HELLO a wrong checksum only tells that this is another protocol.
+      if (error.code === "checksum" && this.#state === "greeting") throw new RepriseError("bad_frame");
+      throw error;
+    }
+  }
+
+  async #greet(frame: Frame): Promise<void> {
+    const hello = decodeHello(frame);
+    if (hello.version !== PROTOCOL_VERSION) {
+      const text = `protocol version ${hello.version} is not spoken here, only ${PROTOCOL_VERSION}`;
+      this.#state = "waiting";
+      throw new RepriseError("version", text);
+    }
+    await this.#connection.send(encodeWelcome(SOFTWARE));
+  }
+
+  /** One request, its answer and its line in the log. What is wrong with a request is an answer too. */
+  async #answer(request: Exclude<Request, ChangeRequest>): Promise<void> {
+    const startedAt = performance.now();
+    this.#bytes = 0;
+    let status = "ok";
+    try {
+      await this.#perform(request);
+    } catch (error) {
+      status = this.#statusOf(error);
+      if (isOver(error)) throw error;
+      await this.#connection.send(encodeError(asReprise(error)));
+    } finally {
+      this.#logRequest(request, startedAt, this.#bytes, status);
+    }
+  }
+
+  #statusOf(error: unknown): string {
+    if (error instanceof RepriseError) return error.code;
+    logBug(this.#worker.settings, error);
+    return "failed";
+  }
+
+  #logRequest(request: Request | Change, startedAt: number, bytes: number, status: string): void {
+    const { path, offset } = (request instanceof Upload ? request.request : request) as {
+      path?: string;
+      offset?: number;
+    };
+    const ms = Math.round(performance.now() - startedAt);
+    this.#log({ event: request.action, path, offset, bytes, ms, status });
+  }
+
+  async #perform(request: Exclude<Request, ChangeRequest>): Promise<void> {
+    switch (request.action) {
+      case "get":
+        return this.#get(request);
+      case "list":
+        return this.#list(request.path, request.recursive);
+      case "stat":
+        return this.#connection.send(encodeMeta(await this.#worker.root.stat(request.path)));
+      case "status":
+        return this.#connection.send(encodeInfo(describe(this.#worker)));
+      case "quit":
+        return this.#connection.send(encodeEnd(0));
+      case "sums":
+        return this.#sums(request);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------ changes
+
+  /** Takes what belongs to a change, and puts the change itself off. What is wrong with it is answered at once. */
+  async #take(request: ChangeRequest): Promise<void> {
+    const startedAt = performance.now();
+    this.#bytes = 0;
+    try {
+      const change = request.action === "put" ? await this.#receive(request) : request;
+      if (!this.#worker.changes) throw readOnly();
+      this.#pending.push({ change, startedAt, bytes: this.#bytes });
+      if (change instanceof Upload) this.#worker.staged++;
+    } catch (error) {
+      await this.#apply();
+      this.#logRequest(request, startedAt, this.#bytes, this.#statusOf(error));
+      if (isOver(error)) throw error;
+      await this.#connection.send(encodeError(asReprise(error)));
+      if (request.action === "put") await this.#passOver();
+    }
+    if (this.#pending.length >= MAX_GROUP || this.#worker.staged >= MAX_STAGED) await this.#apply();
+  }
+
+  /** An upload up to its END. Throws in the middle of it what makes the rest useless. */
+  async #receive(request: Put): Promise<Upload> {
+    const { changes } = this.#worker;
+    this.#ended = false;
+    this.#connection.maxLength = MAX_CONTENT_BYTES;
+    if (!changes) throw readOnly();
+    const upload = changes.receive(request, request.size <= MAX_CONTENT_BYTES);
+    try {
+      await this.#receiveContent(upload);
+      return upload;
+    } catch (error) {
+      await upload.settle().catch(() => {});
+      upload.close();
+      throw error;
+    }
+  }
+
+  async #receiveContent(upload: Upload): Promise<void> {
+    const { offset, size, path } = upload.request;
+    for (;;) {
+      const content = await this.#nextContent();
+      if (content.type === "end") {
+        await upload.settle();
+        const whole = content.count === upload.bytes - offset && (size === UNKNOWN_SIZE || size === upload.bytes);
+        if (whole) return;
+        throw new RepriseError("refused", `refused: ${quote(path)} ended at byte ${upload.bytes}, not as announced`);
+      }
+      this.#bytes += content.content.length;
+      if (offset + this.#bytes > size)
+        throw new RepriseError("refused", `refused: ${quote(path)} is longer than announced`);
+      await upload.append(content.content, content.crc32, free);
+      await this.#pace?.take(content.content.length);
+      if (this.#worker.stopping) throw new RepriseError("shutting_down");
+    }
+  }
+
+  /** The rest of an upload that was refused. */
+  async #passOver(): Promise<void> {
+    while (!this.#ended) {
+      const content = await this.#nextContent();
+      if (content.type === "data") free(content.content);
+    }
+  }
+
+  async #nextContent(): Promise<Content> {
+    const frame = await this.#next();
+    if (!frame) throw new RepriseError("lost", "the client ended in the middle of an upload");
+    const content = decodeContent(frame);
+    if (content.type === "end") {
+      this.#ended = true;
+      this.#connection.maxLength = MAX_REQUEST_BYTES;
+    }
+    return content;
+  }
+
+  /** Makes what was put off, all together, and answers it. */
+  async #apply(): Promise<void> {
+    const { changes } = this.#worker;
+    if (this.#pending.length === 0 || !changes) return;
+    const group = this.#pending;
+    this.#pending = [];
+    const timer = setInterval(() => this.#sayWait(), WAIT_MS);
+    try {
+      const outcomes = await changes.apply(group.map(({ change }) => change));
+      for (const [index, { change, startedAt, bytes }] of group.entries()) {
+        const outcome = outcomes[index];
+        await this.#connection.send(encodeOutcome(outcome));
+        this.#logRequest(change, startedAt, bytes, outcome instanceof RepriseError ? outcome.code : "ok");
+      }
+    } finally {
+      clearInterval(timer);
+      this.#letGo(group);
+    }
+  }
+
+  #sayWait(): void {
+    this.#connection
+      .send(encodeWait())
+      .then(() => this.#connection.flush())
+      .catch((error) => this.#connection.fail(asReprise(error)));
+  }
+
+  #abandon(): void {
+    this.#letGo(this.#pending);
+    this.#pending = [];
+  }
+
+  #letGo(group: Pending[]): void {
+    for (const { change } of group) {
+      if (!(change instanceof Upload)) continue;
+      this.#worker.staged--;
+      change.close();
+    }
+  }
+
+  async #sums({ id, path }: Extract<Request, { action: "sums" }>): Promise<void> {
+    if (id !== "" && !this.#worker.changes) throw readOnly();
+    const sums = id === "" ? this.#sumsOf(path) : this.#worker.changes!.sums(id);
+    let count = 0;
+    for await (const { length, crc32 } of sums) {
+      count += length;
+      await this.#connection.send(encodeSum(length, crc32));
+      await this.#connection.flush();
+    }
+    await this.#connection.send(encodeEnd(count));
+  }
+
+  async *#sumsOf(path: string): AsyncGenerator<{ length: number; crc32: number }> {
+    const file = await this.#worker.root.open(path);
+    try {
+      const { size } = file.meta;
+      for (let at = 0; at < size; at += SUM_BYTES) {
+        const length = Math.min(SUM_BYTES, size - at);
+        yield { length, crc32: await file.checksum(at, length) };
+      }
+    } finally {
+      file.close();
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------ reading
+
+  async #get({ path, offset, length, etag }: Extract<Request, { action: "get" }>): Promise<void> {
+    const file = await this.#worker.root.open(path);
+    try {
+      const { meta } = file;
+      if (etag !== "" && etag !== meta.etag) throw new RepriseError("changed", `changed on the server: ${quote(path)}`);
+      if (offset > meta.size)
+        throw new RepriseError("bad_range", `${quote(path)} has no byte ${offset}, only ${meta.size}`);
+      await this.#connection.send(encodeMeta(meta, offset));
+      await this.#sendContent(file, offset, Math.min(meta.size, offset + length));
+      file.verify();
+      await this.#connection.send(encodeEnd(this.#bytes));
+    } finally {
+      file.close();
+    }
+  }
+
+  async #sendContent(file: OpenFile, from: number, end: number): Promise<void> {
+    const size = new ChunkSize(this.#mostChunkBytes());
+    for (let at = from; at < end; ) {
+      if (this.#worker.stopping) throw new RepriseError("shutting_down");
+      const startedAt = performance.now();
+      // Up to the next multiple: so the pieces are the same for everyone, and their checksums are kept.
+      const length = Math.min(end - at, size.bytes - (at % size.bytes));
+      await this.#sendChunk(file, at, length);
+      at += length;
+      this.#bytes += length;
+      if (this.#pace) await this.#connection.flush();
+      size.took(performance.now() - startedAt);
+      await this.#pace?.take(length);
+    }
+  }
+
+  #mostChunkBytes(): number {
+    const most = this.#connection.canSendFile ? MAX_CONTENT_BYTES : COPIED_CHUNK_BYTES;
+    if (!this.#pace) return most;
+    return Math.max(1, Math.min(most, Math.floor(this.#pace.rate / PACED_CHUNKS)));
+  }
+
+  async #sendChunk(file: OpenFile, offset: number, length: number): Promise<void> {
+    const { fd } = file;
+    if (fd === undefined || !this.#connection.canSendFile || length < MIN_SENDFILE_BYTES) {
+      const content = await file.read(offset, length);
+      await this.#connection.send(encodeDataHeader(length, Bun.hash.crc32(content)));
+      return this.#connection.send(content);
+    }
+    await this.#connection.send(encodeDataHeader(length, await file.checksum(offset, length)));
+    try {
+      await this.#connection.sendFile(fd, offset, length);
+    } catch (error) {
+      // The frame is cut: no further frame could be told from its content.
+      this.#connection.close();
+      throw error;
+    }
+  }
+
+  async #list(path: string, recursive: boolean): Promise<void> {
+    const frames = new EntriesEncoder();
+    let count = 0;
+    for await (const entries of this.#worker.root.list(path, recursive)) {
+      if (this.#worker.stopping) throw new RepriseError("shutting_down");
+      for (const entry of entries) {
+        const frame = frames.add(entry);
+        if (frame) await this.#send(frame);
+      }
+      count += entries.length;
+    }
+    const rest = frames.rest();
+    if (rest) await this.#send(rest);
+    await this.#connection.send(encodeEnd(count));
+  }
+
+  #send(frame: Uint8Array): Promise<void> {
+    this.#bytes += frame.length;
+    return this.#connection.send(frame);
+  }
+
+  /** Ends the connection over an error: says it where that can be understood, and logs what no request accounts for. */
+  async #refuse(error: unknown): Promise<void> {
+    const { code } = asReprise(error);
+    if (!(error instanceof RepriseError)) logBug(this.#worker.settings, error);
+    const understands = this.#state !== "greeting" && ERRORS[code].closes && code !== "lost" && code !== "timeout";
+    if (this.#state !== "answering" && code !== "lost") this.#log({ event: "close", status: code });
+    if (understands) {
+      await this.#connection.send(encodeError(asReprise(error))).catch(() => {});
+      await this.#end();
+    } else this.#connection.close();
+  }
+
+  async #end(): Promise<void> {
+    this.#state = "ending";
+    await this.#connection.finish();
+  }
+
+  #log(fields: LogFields): void {
+    log(this.#worker.settings, { ...fields, peer: this.#peer });
+  }
+}
+
+type ChangeRequest = Extract<Request, { action: "put" | "remove" | "move" | "mkdir" }>;
+
+function isChange(request: Request): request is ChangeRequest {
+  return ["put", "remove", "move", "mkdir"].includes(request.action);
+}
+
+function readOnly(): RepriseError {
+  return new RepriseError("read_only", "refused: the server is read-only; started with --writable it takes changes");
+}
+
+/** [put] [change] */
+function encodeOutcome(outcome: Meta | RepriseError | undefined): Uint8Array {
+  if (outcome instanceof RepriseError) return encodeError(outcome);
+  return outcome ? encodeMeta(outcome, outcome.size) : encodeEnd(0);
+}
+
+/** Whether an error leaves no connection to answer on. */
+function isOver(error: unknown): boolean {
+  return error instanceof RepriseError && ERRORS[error.code].closes;
+}
+
+function asReprise(error: unknown): RepriseError {
+  return error instanceof RepriseError
+    ? error
+    : new RepriseError("failed", "the server failed; its log says more", error);
+}
+
+/** [status] */
+function describe({ settings, sessions, startedAt }: Worker): Record<string, unknown> {
+  return {
+    server: SOFTWARE,
+    protocol: PROTOCOL_VERSION,
+    workers: settings.workers,
+    worker: settings.worker,
+    connections: sessions.size,
+    uptime: Math.round((Date.now() - startedAt) / 1000),
+    writable: settings.writable,
+    replicas: [],
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- log
+
+interface LogFields {
+  event: string;
+  status: string;
+  peer?: string | undefined;
+  path?: string | undefined;
+  offset?: number | undefined;
+  bytes?: number | undefined;
+  ms?: number | undefined;
+}
+
+/** One line on stderr. These fields are a contract: `time event peer worker path offset bytes ms status`. */
+export function log(settings: Pick<Settings, "log" | "worker">, fields: LogFields): void {
+  const { event, peer, path, offset, bytes, ms, status } = fields;
+  const { worker } = settings;
+  if (settings.log === "json") {
+    const time = new Date().toISOString();
+    writeLine(toJson({ time, event, peer, worker, path, offset, bytes, ms, status }));
+    return;
+  }
+  const what = path === undefined ? event : `${event} ${quote(path)}`;
+  const figures = bytes === undefined ? "" : ` from ${offset ?? 0}: ${bytes} bytes in ${ms} ms`;
+  say("info", `${new Date().toLocaleTimeString("en-GB")} [${worker}] ${peer ?? "-"} ${what}${figures}, ${status}`);
+}
+
+/** A line is one write, so that the lines of several workers do not mix. A log that is full loses lines, not clients. */
+function writeLine(line: string): void {
+  try {
+    writeSync(2, `${line}\n`);
+  } catch {
+    // Nobody is left to be told that the log cannot be written.
+  }
+}
+
+export function logBug(settings: Settings, error: unknown): void {
+  const stack = error instanceof Error ? (error.stack ?? error.message) : String(error);
+  if (settings.log === "json") {
+    writeLine(
+      toJson({
+        time: new Date().toISOString(),
+        event: "bug",
+        worker: settings.worker,
+        status: "failed",
+        stack,
+      }),
+    );
+  } else say("error", `[${settings.worker}] internal error, please report it: ${stack}`);
+}

@@ -1,0 +1,999 @@
+/**
+ * Folders in either direction: what is there on both sides, what of it differs, and bringing that over.
+ *
+ * All files of a folder share a few connections, on each of which many requests are under way at a time. Small files are
+ * written as the server writes its own: staged, synced in groups, renamed (changes.ts). Large ones go on where they were
+ * cut, as single ones do. Nothing is removed unless everything else went well.
+ */
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  lstatSync,
+  openSync,
+  readdirSync,
+  readSync,
+  rmdirSync,
+  rmSync,
+  statSync,
+} from "node:fs";
+import { basename, join } from "node:path";
+import { type Change, type Changes, openChanges, type Upload } from "./changes.ts";
+import { formatSize, print, printable, say, showsProgress } from "./command.ts";
+import { type Context, Failures, remoteJoin } from "./context.ts";
+import { crc32Of, isRunning } from "./disk.ts";
+import {
+  type Entry,
+  type EntryKind,
+  HEADER_BYTES,
+  MAX_CONTENT_BYTES,
+  type Meta,
+  quote,
+  RepriseError,
+  type Request,
+  splitPath,
+  TO_THE_END,
+  toJson,
+} from "./protocol.ts";
+import {
+  Dropped,
+  type Exchange,
+  type Peer,
+  type Receiver,
+  type Remote,
+  UploadExchange,
+  type UploadHooks,
+} from "./remote.ts";
+import { asLocal, isUnfinished, LOG_SUFFIX, PartFile } from "./resume.ts";
+import { isHidden } from "./storage.ts";
+import { isSame, lookAt, printDone, UploadLog } from "./transfer.ts";
+import { asLocalSource, FileSource, SourceChanged } from "./upload.ts";
+
+/** Files that are synced and get their names together, at most. */
+const MAX_GROUP = 256;
+/** What is left of a refused answer is received and forgotten up to here; beyond, another connection costs less. */
+const MAX_SKIPPED_BYTES = 1024 * 1024;
+
+export interface TreeOptions {
+  /** Folders that are named are meant with all that is in them. */
+  recursive: boolean;
+  /** Remove what the source does not have. */
+  delete: boolean;
+  /** Also if the source is empty or not there. */
+  force: boolean;
+  /** Only say what would be done. */
+  dryRun: boolean;
+  /** Compare content rather than size and time. */
+  checksum: boolean;
+  noClobber: boolean;
+  /** For resume logs of uploads. */
+  directory: string;
+}
+
+/** What has been done, for the progress line and the summary. */
+export interface Tally {
+  files: number;
+  bytes: number;
+  /** Files and bytes that are to be sent, as far as is known. */
+  plannedFiles: number;
+  plannedBytes: number;
+  isPlanned: boolean;
+  unchanged: number;
+  removed: number;
+}
+
+/** A file or folder on the server, and its name in the local folder that it comes to; "" is that folder itself. */
+export interface RemoteRoot {
+  path: string;
+  name: string;
+}
+
+/** A local file or folder, and its name in the folder on the server that it goes to; "" is that folder itself. */
+export interface LocalRoot {
+  file: string;
+  name: string;
+}
+
+/** Brings files, and folders with all that is in them, to the folder `local`. */
+export function getAll(context: Context, roots: RemoteRoot[], local: string, options: TreeOptions): Promise<Tally> {
+  return new Download(context, roots, local, options).run();
+}
+
+/** Brings files, and folders with all that is in them, to the folder `path` on the server. */
+export function putAll(context: Context, roots: LocalRoot[], path: string, options: TreeOptions): Promise<Tally> {
+  return new TreeUpload(context, roots, path, options).run();
+}
+
+/** What both directions have in common: sharing the work out, counting, saying. */
+abstract class Transfer {
+  readonly context: Context;
+  readonly options: TreeOptions;
+  readonly failures = new Failures();
+  readonly tally: Tally = {
+    files: 0,
+    bytes: 0,
+    plannedFiles: 0,
+    plannedBytes: 0,
+    isPlanned: false,
+    unchanged: 0,
+    removed: 0,
+  };
+  #line: { update(): void } | undefined;
+
+  constructor(context: Context, options: TreeOptions) {
+    this.context = context;
+    this.options = options;
+  }
+
+  protected abstract work(): Promise<void>;
+  protected abstract readonly name: string;
+
+  async run(): Promise<Tally> {
+    const line = showsProgress() ? new (await import("./terminal.ts")).FolderLine(this.name, this.tally) : undefined;
+    this.#line = line;
+    try {
+      await this.work();
+      this.failures.throwFirst();
+      return this.tally;
+    } finally {
+      line?.end();
+    }
+  }
+
+  async done(path: string, file: string, meta: Meta, offset: number, started: number): Promise<void> {
+    this.tally.files++;
+    this.#line?.update();
+    await printDone(this.context, { path, file, ...meta, offset, started });
+  }
+
+  /** So many more bytes went over. */
+  moved(bytes: number): void {
+    this.tally.bytes += bytes;
+    this.#line?.update();
+  }
+
+  protected isMeant(kind: EntryKind, path: string): boolean {
+    if (kind === "file" || this.options.recursive) return true;
+    this.failures.add(
+      new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder; -r takes all that is in it`),
+    );
+    return false;
+  }
+
+  protected plan(bytes: number): void {
+    this.tally.plannedFiles++;
+    this.tally.plannedBytes += bytes;
+  }
+
+  /** For `--dry-run`; `action path size` is the contract for `--json`. */
+  protected async announce(action: string, path: string, size = 0): Promise<void> {
+    await print(this.context.json ? toJson({ action, path, size }) : `${action} ${printable(path)}`);
+  }
+
+  /** Another connection; only one of several says what happens to it. */
+  protected connect(isQuiet = false): Remote {
+    return this.context.connectTo(this.context.server, isQuiet);
+  }
+
+  /** Runs the exchanges over as many connections as there are jobs, and no more than there are exchanges. */
+  protected async share(exchanges: AsyncIterator<Exchange>, beforeWait?: () => Promise<void>): Promise<void> {
+    const first: Exchange[] = [];
+    while (first.length < this.context.jobs) {
+      const { value, done } = await exchanges.next();
+      if (done) break;
+      first.push(value);
+    }
+    const remotes = first.map((_, index) => this.connect(index > 0));
+    const next = async (): Promise<IteratorResult<Exchange>> => {
+      const value = first.shift();
+      return value ? { value, done: false } : exchanges.next();
+    };
+    let failure: unknown;
+    await Promise.all(
+      remotes.map(async (remote) => {
+        try {
+          await remote.run({ next }, beforeWait);
+        } catch (error) {
+          failure ??= error;
+          for (const other of remotes) other.giveUp();
+        } finally {
+          remote.close();
+        }
+      }),
+    );
+    if (failure) throw failure;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- download
+
+/** What is to come here: its path is relative to the local folder, `remote` is where it is on the server. */
+interface Item extends Entry {
+  remote: string;
+}
+
+class Download extends Transfer {
+  readonly #roots: RemoteRoot[];
+  readonly #local: string;
+  protected readonly name: string;
+  #folder: LocalFolder | undefined;
+  /** Whole files that wait for their name. */
+  #group: { upload: Upload; fetch: Fetch }[] = [];
+  /** What the server has, kept only where other things are to be removed. */
+  readonly #seen: Set<string> | undefined;
+  #entries = 0;
+  /** For checksums, since the list has its connection for itself. */
+  readonly #other: Remote;
+
+  constructor(context: Context, roots: RemoteRoot[], local: string, options: TreeOptions) {
+    super(context, options);
+    this.#roots = roots;
+    this.#local = local;
+    this.name = (roots.length === 1 && basename(roots[0]!.path)) || basename(local);
+    this.#seen = options.delete ? new Set() : undefined;
+    this.#other = this.connect();
+  }
+
+  get changes(): Changes {
+    return this.#folder!.changes;
+  }
+
+  fileOf(path: string): string {
+    return join(this.#local, path);
+  }
+
+  protected async work(): Promise<void> {
+    const known = await lookRemotely(this.#other, this.#roots, (error) => this.failures.add(error));
+    const found = known.filter(({ kind, remote }) => this.isMeant(kind, remote || "/"));
+    if (found.length === 0) return;
+    if (!this.options.dryRun) this.#folder = new LocalFolder(this.#local);
+    try {
+      await this.share(this.#plan(found), () => this.commit());
+      await this.commit();
+      if (this.options.delete) await this.#removeOthers();
+    } finally {
+      for (const { upload } of this.#group) upload.close();
+      this.#other.close();
+      await this.#folder?.leave();
+    }
+  }
+
+  /** A small file is whole; it gets its name with the next group. */
+  async add(upload: Upload, fetch: Fetch): Promise<void> {
+    this.#group.push({ upload, fetch });
+    if (this.#group.length >= MAX_GROUP) await this.commit();
+  }
+
+  /** Gives the files that wait their names, all together. */
+  async commit(): Promise<void> {
+    const group = this.#group;
+    if (group.length === 0) return;
+    this.#group = [];
+    try {
+      const outcomes = await this.changes.apply(group.map(({ upload }) => upload));
+      for (const [index, { fetch }] of group.entries()) {
+        const outcome = outcomes[index];
+        if (outcome instanceof RepriseError) this.failures.add(localProblem(outcome));
+        else await fetch.isDone();
+      }
+    } finally {
+      for (const { upload } of group) upload.close();
+    }
+  }
+
+  /** Exchanges for what differs, while the lists still come. */
+  async *#plan(found: Item[]): AsyncGenerator<Exchange> {
+    for await (const item of this.#items(found)) {
+      try {
+        const exchange = await this.#consider(item);
+        if (exchange) yield exchange;
+      } catch (error) {
+        this.failures.add(error);
+      }
+    }
+    this.tally.isPlanned = true;
+  }
+
+  async *#items(found: Item[]): AsyncGenerator<Item> {
+    for (const item of found) {
+      if (item.path !== "") yield item;
+      if (item.kind === "file") continue;
+      try {
+        for await (const entry of this.context.remote.list(item.remote, true)) {
+          this.#entries++;
+          splitPath(entry.path);
+          yield { ...entry, path: remoteJoin(item.path, entry.path), remote: remoteJoin(item.remote, entry.path) };
+        }
+      } catch (error) {
+        this.failures.add(error);
+      }
+    }
+  }
+
+  async #consider(item: Item): Promise<Exchange | undefined> {
+    this.#seen?.add(item.path);
+    const file = this.fileOf(item.path);
+    if (isUnfinished(item.path)) {
+      throw new RepriseError("local", `cannot write ${quote(file)}: such names are for unfinished transfers`);
+    }
+    const here = lookLocally(file);
+    if (here && here.kind !== item.kind) await this.#clear(item, file);
+    const isThere = here?.kind === item.kind;
+    if (item.kind === "folder") return isThere ? undefined : this.#makeFolder(item.path);
+    if (isThere && (this.options.noClobber || (await this.#isSame(item, here, file)))) {
+      this.tally.unchanged++;
+      return undefined;
+    }
+    this.plan(item.size);
+    if (!this.options.dryRun) return new Fetch(this, item);
+    await this.announce("get", item.remote, item.size);
+    return undefined;
+  }
+
+  async #makeFolder(path: string): Promise<undefined> {
+    if (this.options.dryRun) await this.announce("mkdir", this.fileOf(path));
+    else await this.#change({ action: "mkdir", path, parents: true });
+  }
+
+  /** Something of another kind has the name: it is in the way, or to be removed. */
+  async #clear({ path, kind }: Item, file: string): Promise<void> {
+    if (!this.options.delete) throw new RepriseError("local", `${quote(file)} is in the way: it is not a ${kind}`);
+    this.tally.removed++;
+    if (this.options.dryRun) await this.announce("delete", file);
+    else await this.#change({ action: "remove", path, recursive: true });
+  }
+
+  async #change(change: Change): Promise<void> {
+    const [outcome] = await this.changes.apply([change]);
+    if (outcome instanceof RepriseError) throw localProblem(outcome);
+  }
+
+  async #isSame(item: Item, here: { size: number; mtime: number }, file: string): Promise<boolean> {
+    if (!this.options.checksum) return isSame(item, here);
+    return item.size === here.size && sameContent(await this.#other.sums(item.remote), file);
+  }
+
+  async #removeOthers(): Promise<void> {
+    this.failures.throwFirst();
+    if (this.#entries === 0 && !this.options.force) throw emptySource(this.#roots[0]!.path, "on the server");
+    for (const { path, kind } of walk(this.#local, (path) => this.#seen!.has(path))) {
+      if (this.#seen!.has(path)) continue;
+      this.tally.removed++;
+      try {
+        if (this.options.dryRun) await this.announce("delete", this.fileOf(path));
+        else await this.#change({ action: "remove", path, recursive: kind === "folder" });
+      } catch (error) {
+        this.failures.add(error);
+      }
+    }
+  }
+}
+
+/** One file on its way here. */
+class Fetch implements Exchange {
+  readonly #tree: Download;
+  readonly #item: Item;
+  readonly #startedAt = performance.now();
+  /** Of a large file, or of one that was begun earlier. */
+  #part: PartFile | undefined;
+  #meta: Meta | undefined;
+  /** What was there before. */
+  #offset: number | undefined;
+
+  constructor(tree: Download, item: Item) {
+    this.#tree = tree;
+    this.#item = item;
+  }
+
+  async open(): Promise<void> {
+    if (!this.#part && lookAt(this.#file + LOG_SUFFIX)) await this.#openPart();
+  }
+
+  ask(peer: Peer): Promise<void> {
+    const { bytes: offset = 0, end, etag = "" } = this.#segment() ?? {};
+    const length = end === undefined ? TO_THE_END : end - offset;
+    return peer.ask({ action: "get", path: this.#item.remote, offset, length, etag });
+  }
+
+  async take(peer: Peer): Promise<boolean> {
+    try {
+      const { kind, size, mtime, etag } = await peer.expect("meta");
+      this.#meta = { kind, size, mtime, etag };
+      this.#offset ??= this.#part?.bytes ?? 0;
+      const isSmall = !this.#part && size <= MAX_CONTENT_BYTES;
+      return await (isSmall ? this.#takeSmall(peer, this.#meta) : this.#takeLarge(peer, this.#meta));
+    } catch (error) {
+      const isChange = error instanceof RepriseError && error.code === "changed";
+      if (!isChange || !this.#part || this.#part.bytes === 0) throw error;
+      say("warn", `${error.message}; starting again`);
+      this.#part.reset();
+      this.#offset = undefined;
+      return true;
+    }
+  }
+
+  failed(error: RepriseError): void {
+    this.#part?.close();
+    this.#part = undefined;
+    this.#tree.failures.add(error);
+  }
+
+  isDone(): Promise<void> {
+    return this.#tree.done(this.#item.remote, this.#file, this.#meta!, this.#offset!, this.#startedAt);
+  }
+
+  get #file(): string {
+    return this.#tree.fileOf(this.#item.path);
+  }
+
+  /** The first that is not complete. */
+  #segment() {
+    const segments = this.#part?.segments;
+    return segments?.find(({ bytes, end }) => end === undefined || bytes < end) ?? segments?.at(-1);
+  }
+
+  async #openPart(): Promise<PartFile> {
+    const { server } = this.#tree.context;
+    this.#part = await PartFile.open(this.#file, this.#item.remote, server, (text) => say("warn", text));
+    return this.#part;
+  }
+
+  async #takeSmall(peer: Peer, { size, mtime }: Meta): Promise<false> {
+    const put = { ...NEW_FILE, path: this.#item.path, size, mtime };
+    const upload = await this.#orSkip(peer, size, () => this.#tree.changes.receive(put, true));
+    try {
+      await this.#receive(peer, upload, size);
+      await upload.settle();
+    } catch (error) {
+      upload.close();
+      throw error;
+    }
+    await this.#tree.add(upload, this);
+    return false;
+  }
+
+  async #takeLarge(peer: Peer, meta: Meta): Promise<boolean> {
+    const part = this.#part ?? (await this.#orSkip(peer, meta.size, () => this.#openPart()));
+    const segment = this.#segment()!;
+    segment.begin(meta);
+    try {
+      await this.#receive(peer, segment, meta.size);
+    } finally {
+      await segment.settle();
+    }
+    if (part.bytes < meta.size) return true;
+    await part.finish();
+    part.close();
+    this.#part = undefined;
+    await this.isDone();
+    return false;
+  }
+
+  async #receive(peer: Peer, target: Receiver, size: number): Promise<void> {
+    let { bytes } = target;
+    try {
+      await peer.receive(target, size, (position) => {
+        this.#tree.moved(position - bytes);
+        bytes = position;
+      });
+    } catch (error) {
+      if (error instanceof RepriseError && error.code === "local") await skip(peer, size - bytes, error);
+      throw error;
+    }
+  }
+
+  /** A local failure before the content came leaves an answer that must be got rid of. */
+  async #orSkip<T>(peer: Peer, bytes: number, work: () => T | Promise<T>): Promise<T> {
+    try {
+      return await work();
+    } catch (error) {
+      const problem = asLocal(error, this.#file);
+      await skip(peer, bytes, problem);
+      throw problem;
+    }
+  }
+}
+
+/** Gets rid of the rest of an answer. */
+async function skip(peer: Peer, bytes: number, problem: RepriseError): Promise<void> {
+  if (bytes > MAX_SKIPPED_BYTES) throw new Dropped(problem);
+  await peer.skip();
+}
+
+// ---------------------------------------------------------------------------------------------------- upload
+
+/** What is to go: its path is relative to the folder on the server, `file` is where it is here. */
+interface LocalItem extends LocalEntry {
+  file: string;
+}
+
+class TreeUpload extends Transfer {
+  readonly #roots: LocalRoot[];
+  readonly #path: string;
+  protected readonly name: string;
+  /** What the server has, by path. */
+  readonly #there = new Map<string, Entry>();
+  #leftOut = 0;
+
+  constructor(context: Context, roots: LocalRoot[], path: string, options: TreeOptions) {
+    super(context, options);
+    this.#roots = roots;
+    this.#path = path;
+    this.name = (roots.length === 1 && basename(roots[0]!.file)) || basename(path);
+  }
+
+  pathOf(path: string): string {
+    return remoteJoin(this.#path, path);
+  }
+
+  protected async work(): Promise<void> {
+    const { folders, files, seen } = await this.#plan();
+    if (this.options.delete && seen.size === 0 && !this.options.force) throw emptySource(this.#roots[0]!.file, "here");
+    if (!this.options.dryRun) {
+      await this.#makeFolders(folders);
+      await this.share(this.#exchanges(files));
+    }
+    if (this.options.delete) await this.#removeOthers(seen);
+    if (this.#leftOut > 0) say("warn", `${this.#leftOut} links, devices and unfinished transfers were left out`);
+  }
+
+  async #plan(): Promise<{ folders: string[]; files: LocalItem[]; seen: Set<string> }> {
+    const roots = this.#findRoots();
+    const folders = await this.#look(roots);
+    const files: LocalItem[] = [];
+    const seen = new Set<string>();
+    for (const item of this.#items(roots)) {
+      try {
+        splitPath(this.pathOf(item.path));
+        seen.add(item.path);
+        const there = this.#there.get(item.path);
+        if (there && there.kind !== item.kind) await this.#clear(there, item);
+        const isThere = there?.kind === item.kind;
+        if (item.kind === "folder") isThere || folders.push(item.path);
+        else if (isThere && (this.options.noClobber || (await this.#isSame(item, there)))) this.tally.unchanged++;
+        else files.push(item);
+      } catch (error) {
+        this.failures.add(error);
+      }
+    }
+    await this.#announceAll(folders, files);
+    this.tally.isPlanned = true;
+    return { folders, files, seen };
+  }
+
+  /** A link that is named is followed, as it is in a shell. */
+  #findRoots(): LocalItem[] {
+    return this.#roots.flatMap(({ file, name }) => {
+      const stat = statSync(file, { bigint: true, throwIfNoEntry: false });
+      const kind = stat?.isFile() ? "file" : stat?.isDirectory() ? "folder" : undefined;
+      if (kind && !this.isMeant(kind, file)) return [];
+      if (stat && kind) return { path: name, file, kind, size: Number(stat.size), mtime: Number(stat.mtimeNs / 1000n) };
+      const what = stat ? "neither a file nor a folder" : "it is not there";
+      this.failures.add(new RepriseError("local", `cannot send ${quote(file)}: ${what}`));
+      return [];
+    });
+  }
+
+  *#items(roots: LocalItem[]): Generator<LocalItem> {
+    for (const root of roots) {
+      if (root.path !== "") yield root;
+      if (root.kind === "file") continue;
+      for (const entry of walk(root.file, undefined, () => this.#leftOut++, this.failures)) {
+        yield { ...entry, path: remoteJoin(root.path, entry.path), file: join(root.file, entry.path) };
+      }
+    }
+  }
+
+  /** Learns what the server has of it; returns what has to be made first. */
+  async #look(roots: LocalItem[]): Promise<string[]> {
+    const wanted = roots.map(({ path }) => ({ path: this.pathOf(path), name: path }));
+    for (const entry of await lookRemotely(this.context.remote, wanted)) {
+      this.#there.set(entry.path, entry);
+      const root = roots.find(({ path }) => path === entry.path);
+      if (entry.kind !== "folder" || root?.kind !== "folder") continue;
+      for await (const below of this.context.remote.list(entry.remote, true)) {
+        const path = remoteJoin(entry.path, below.path);
+        this.#there.set(path, { ...below, path });
+      }
+    }
+    const whole = roots.find(({ path }) => path === "");
+    if (whole && !this.#there.has("")) return [""];
+    this.#there.delete("");
+    return [];
+  }
+
+  async #announceAll(folders: string[], files: LocalItem[]): Promise<void> {
+    for (const { size } of files) this.plan(size);
+    if (!this.options.dryRun) return;
+    for (const path of folders) await this.announce("mkdir", this.pathOf(path));
+    for (const { path, size } of files) await this.announce("put", this.pathOf(path), size);
+  }
+
+  async #isSame(item: LocalItem, there: Entry): Promise<boolean> {
+    if (!this.options.checksum) return isSame(item, there);
+    if (item.size !== there.size) return false;
+    return sameContent(await this.context.remote.sums(this.pathOf(item.path)), item.file);
+  }
+
+  /** Something of another kind has the name: it is in the way, or to be removed. */
+  async #clear(there: Entry, { kind }: LocalItem): Promise<void> {
+    const path = this.pathOf(there.path);
+    if (!this.options.delete) {
+      throw new RepriseError("exists", `${quote(path)} is in the way on the server: it is not a ${kind}`);
+    }
+    this.tally.removed++;
+    if (this.options.dryRun) await this.announce("delete", path);
+    else await this.context.remote.remove(path, true);
+    for (const other of this.#there.keys()) {
+      if (other === there.path || other.startsWith(`${there.path}/`)) this.#there.delete(other);
+    }
+  }
+
+  /** Before the files, in their order, over one connection. */
+  async #makeFolders(folders: string[]): Promise<void> {
+    const exchanges = folders.map((folder) => {
+      const path = this.pathOf(folder);
+      return new ChangeExchange({ action: "mkdir", path, parents: true }, (error) => this.failures.add(error));
+    });
+    if (exchanges.length > 0) await this.context.remote.run(exchanges.values());
+  }
+
+  async *#exchanges(files: LocalItem[]): AsyncGenerator<Exchange> {
+    for (const item of files) yield item.size <= MAX_CONTENT_BYTES ? new Store(this, item) : new StoreLarge(this, item);
+  }
+
+  async #removeOthers(seen: Set<string>): Promise<void> {
+    this.failures.throwFirst();
+    const others = [...this.#there.values()].filter(({ path }) => !seen.has(path) && !isBelow(path, this.#there, seen));
+    const exchanges: Exchange[] = [];
+    for (const { path, kind } of others) {
+      this.tally.removed++;
+      const remote = this.pathOf(path);
+      if (this.options.dryRun) await this.announce("delete", remote);
+      else {
+        const request = { action: "remove", path: remote, recursive: kind === "folder" } as const;
+        exchanges.push(new ChangeExchange(request, (error) => this.failures.add(error)));
+      }
+    }
+    if (exchanges.length > 0) await this.context.remote.run(exchanges.values());
+  }
+}
+
+/** Whether the folder that a path is in is itself one of those to be removed. */
+function isBelow(path: string, there: Map<string, Entry>, seen: Set<string>): boolean {
+  const folder = path.slice(0, Math.max(0, path.lastIndexOf("/")));
+  return folder !== "" && there.has(folder) && !seen.has(folder);
+}
+
+/** A file that travels in one frame. */
+class Store implements Exchange {
+  readonly #tree: TreeUpload;
+  readonly #item: LocalItem;
+  readonly #startedAt = performance.now();
+  /** A frame with room for its header; let go of once it is sent. */
+  #frame: Uint8Array | undefined;
+  #mtime = 0;
+
+  constructor(tree: TreeUpload, item: LocalItem) {
+    this.#tree = tree;
+    this.#item = item;
+  }
+
+  async open(): Promise<void> {
+    const { frame, mtime } = readSmall(this.#item.file);
+    this.#frame = frame;
+    this.#mtime = mtime;
+  }
+
+  async ask(peer: Peer): Promise<void> {
+    const frame = this.#frame!;
+    const put = { ...NEW_FILE, noClobber: this.#tree.options.noClobber };
+    const path = this.#tree.pathOf(this.#item.path);
+    await peer.ask({ ...put, path, size: frame.length - HEADER_BYTES, mtime: this.#mtime });
+    await peer.wholeContent(frame);
+    this.#frame = undefined;
+    this.#tree.moved(frame.length - HEADER_BYTES);
+    await peer.pace(frame.length);
+  }
+
+  async take(peer: Peer): Promise<boolean> {
+    const { kind, size, mtime, etag } = await peer.expect("meta");
+    peer.progress = true;
+    const { path, file } = this.#item;
+    const meta = { kind, size, mtime, etag };
+    await this.#tree.done(this.#tree.pathOf(path), file, meta, 0, this.#startedAt);
+    return false;
+  }
+
+  failed(error: RepriseError): void {
+    this.#tree.failures.add(error);
+  }
+}
+
+/** A file that is gone on with where it was cut. */
+class StoreLarge implements Exchange {
+  readonly #tree: TreeUpload;
+  readonly #item: LocalItem;
+  readonly #startedAt = performance.now();
+  #source: FileSource | undefined;
+  #log: UploadLog | undefined;
+  #upload: UploadExchange | undefined;
+  #start = Number.POSITIVE_INFINITY;
+  #sent = 0;
+
+  constructor(tree: TreeUpload, item: LocalItem) {
+    this.#tree = tree;
+    this.#item = item;
+  }
+
+  async open(): Promise<void> {
+    if (this.#upload) return;
+    const { context, options } = this.#tree;
+    const file = this.#item.file;
+    const path = this.#tree.pathOf(this.#item.path);
+    const source = new FileSource(file);
+    const log = new UploadLog(options.directory, file, path, context.server);
+    const resumes = log.resumes(source);
+    const put = { path, id: log.id, noClobber: options.noClobber, etag: "" };
+    this.#source = source;
+    this.#log = log;
+    this.#upload = new UploadExchange(context.remote, put, source, this.#hooks(source, log), resumes);
+  }
+
+  preparation() {
+    return this.#upload!.preparation();
+  }
+
+  ask(peer: Peer): Promise<void> {
+    return this.#upload!.ask(peer);
+  }
+
+  async take(peer: Peer): Promise<boolean> {
+    if (await this.#upload!.take(peer)) return true;
+    this.#source!.close();
+    this.#log!.remove();
+    const { path, file } = this.#item;
+    const offset = Number.isFinite(this.#start) ? this.#start : 0;
+    await this.#tree.done(this.#tree.pathOf(path), file, this.#upload!.result(), offset, this.#startedAt);
+    return false;
+  }
+
+  failed(error: RepriseError): void {
+    this.#source?.close();
+    this.#log?.keepFor(error);
+    this.#tree.failures.add(error);
+  }
+
+  #hooks(source: FileSource, log: UploadLog): UploadHooks {
+    return {
+      begin: (_, offset) => {
+        this.#start = Math.min(this.#start, offset);
+        this.#sent = offset;
+        log.begin(source, offset);
+      },
+      progress: (bytes, crc32) => {
+        this.#tree.moved(bytes - this.#sent);
+        this.#sent = bytes;
+        log.sent(bytes, crc32);
+      },
+    };
+  }
+}
+
+/** A request that has END for its answer. Asked again after a lost connection, it may find itself done. */
+class ChangeExchange implements Exchange {
+  readonly #request: Extract<Request, { action: "mkdir" | "remove" }>;
+  readonly #onFailure: (error: RepriseError) => void;
+  #asked = 0;
+
+  constructor(request: Extract<Request, { action: "mkdir" | "remove" }>, onFailure: (error: RepriseError) => void) {
+    this.#request = request;
+    this.#onFailure = onFailure;
+  }
+
+  ask(peer: Peer): Promise<void> {
+    this.#asked++;
+    return peer.ask(this.#request);
+  }
+
+  async take(peer: Peer): Promise<boolean> {
+    await peer.expect("end");
+    peer.progress = true;
+    return false;
+  }
+
+  failed(error: RepriseError): void {
+    const isDone = this.#asked > 1 && this.#request.action === "remove" && error.code === "not_found";
+    if (!isDone) this.#onFailure(error);
+  }
+}
+
+/** What the server has under these names; those that are not there are told to `missing`, if anybody wants to know. */
+async function lookRemotely(
+  remote: Remote,
+  roots: RemoteRoot[],
+  missing?: (error: RepriseError) => void,
+): Promise<Item[]> {
+  const looks = roots.map((root) => new Look(root));
+  await remote.run(looks.values());
+  return looks.flatMap(({ item, error }) => {
+    if (item) return item;
+    if (missing) missing(error!);
+    else if (error!.code !== "not_found") throw error;
+    return [];
+  });
+}
+
+class Look implements Exchange {
+  readonly #root: RemoteRoot;
+  item: Item | undefined;
+  error: RepriseError | undefined;
+
+  constructor(root: RemoteRoot) {
+    this.#root = root;
+  }
+
+  ask(peer: Peer): Promise<void> {
+    return peer.ask({ action: "stat", path: this.#root.path });
+  }
+
+  async take(peer: Peer): Promise<boolean> {
+    const { kind, size, mtime } = await peer.expect("meta");
+    this.item = { path: this.#root.name, remote: this.#root.path, kind, size, mtime };
+    return false;
+  }
+
+  failed(error: RepriseError): void {
+    this.error = error;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- local
+
+/** What is there locally, under a path relative to the folder that was walked. */
+export interface LocalEntry {
+  path: string;
+  kind: EntryKind;
+  size: number;
+  mtime: number;
+}
+
+/** As PUT's fields for what is new and comes in one go. */
+const NEW_FILE = { action: "put", id: "", offset: 0, noClobber: false, etag: "" } as const;
+
+/** A local folder as something to write the way a root is written, with a staging folder of this process's own. */
+class LocalFolder {
+  readonly changes: Changes;
+  readonly #path: string;
+  readonly #staging = `.reprise-${process.pid}-${crypto.randomUUID().slice(0, 8)}`;
+  readonly #isNew: boolean;
+
+  constructor(path: string) {
+    const found = lookAt(path);
+    if (found && !found.isDirectory()) throw new RepriseError("local", `not a folder: ${quote(path)}`);
+    this.#path = path;
+    this.#isNew = !found;
+    try {
+      if (found) sweepStaging(path);
+      this.changes = openChanges(path, {
+        staging: this.#staging,
+        wrap: (error, name) => asLocal(error, join(path, name)),
+      });
+    } catch (error) {
+      throw asLocal(error, path);
+    }
+  }
+
+  async leave(): Promise<void> {
+    await this.changes.leave(this.#path, this.#staging);
+    // Nothing came: then nothing is left either.
+    if (this.#isNew && readdirSync(this.#path).length === 0) rmdirSync(this.#path);
+  }
+}
+
+/** Removes what ended processes have left there. */
+function sweepStaging(folder: string): void {
+  for (const name of readdirSync(folder)) {
+    const pid = /^\.reprise-(\d+)-[0-9a-f]+$/.exec(name)?.[1];
+    if (pid && !isRunning(Number(pid))) rmSync(join(folder, name), { recursive: true, force: true });
+  }
+}
+
+/** Undefined for what is not there; links and devices have a kind that nothing has. */
+function lookLocally(file: string): (Omit<LocalEntry, "kind"> & { kind: EntryKind | "other" }) | undefined {
+  const stat = lstatSync(file, { bigint: true, throwIfNoEntry: false });
+  if (!stat) return undefined;
+  const kind = stat.isFile() ? "file" : stat.isDirectory() ? "folder" : "other";
+  return { path: file, kind, size: Number(stat.size), mtime: Number(stat.mtimeNs / 1000n) };
+}
+
+/**
+ * Files and folders below `root`, a folder before what is in it. `enter` tells whether to look into a folder; what is
+ * neither, or left by an unfinished transfer, is told to `leftOut`.
+ */
+function* walk(
+  root: string,
+  enter: (path: string) => boolean = () => true,
+  leftOut: () => void = () => {},
+  failures = new Failures(),
+): Generator<LocalEntry> {
+  const waiting = [""];
+  for (let folder = waiting.pop(); folder !== undefined; folder = waiting.pop()) {
+    for (const name of namesIn(join(root, folder), failures)) {
+      const path = remoteJoin(folder, name);
+      const found = lookLocally(join(root, path));
+      if (!found)
+        failures.add(new RepriseError("local", `cannot read ${quote(join(root, path))}: it is not there any more`));
+      else if (found.kind === "other" || isHidden(name) || isUnfinished(name)) leftOut();
+      else {
+        if (found.kind === "folder" && enter(path)) waiting.push(path);
+        yield { ...found, kind: found.kind, path };
+      }
+    }
+  }
+}
+
+function namesIn(folder: string, failures: Failures): string[] {
+  try {
+    return readdirSync(folder);
+  } catch (error) {
+    failures.add(asLocalSource(error, folder));
+    return [];
+  }
+}
+
+/** A small file's content, with room for a header before it. Throws `local`, also if it changes meanwhile. */
+function readSmall(file: string): { frame: Uint8Array; mtime: number } {
+  let fd: number;
+  try {
+    fd = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK | constants.O_NOFOLLOW);
+  } catch (error) {
+    throw asLocalSource(error, file);
+  }
+  try {
+    const before = fstatSync(fd, { bigint: true });
+    const size = Number(before.size);
+    if (!before.isFile() || size > MAX_CONTENT_BYTES) throw new SourceChanged(file);
+    const frame = new Uint8Array(HEADER_BYTES + size);
+    const count = size === 0 ? 0 : readSync(fd, frame, HEADER_BYTES, size, 0);
+    const after = fstatSync(fd, { bigint: true });
+    if (count < size || after.size !== before.size || after.mtimeNs !== before.mtimeNs) throw new SourceChanged(file);
+    return { frame, mtime: Number(after.mtimeNs / 1000n) };
+  } catch (error) {
+    throw asLocalSource(error, file);
+  } finally {
+    closeSync(fd);
+  }
+}
+
+/** Whether a local file has these checksums, and no more. */
+async function sameContent(sums: { length: number; crc32: number }[], file: string): Promise<boolean> {
+  const fd = openSync(file, constants.O_RDONLY);
+  try {
+    let at = 0;
+    for (const { length, crc32 } of sums) {
+      if ((await crc32Of(fd, at, length)) !== crc32) return false;
+      at += length;
+    }
+    return at === fstatSync(fd).size;
+  } finally {
+    closeSync(fd);
+  }
+}
+
+function localProblem(error: RepriseError): RepriseError {
+  return error.code === "local" ? error : new RepriseError("local", error.message, error);
+}
+
+function emptySource(path: string, where: string): RepriseError {
+  return new RepriseError(
+    "usage",
+    `${quote(path)} is empty ${where}: everything would be removed; --force does it all the same`,
+  );
+}
+
+/** `12 files, 3.4 MB; 100 unchanged, 2 removed`. */
+export function summary({ files, bytes, unchanged, removed }: Tally): string {
+  const done = `${files} ${files === 1 ? "file" : "files"} sent, ${formatSize(bytes)}`;
+  return `${done}; ${unchanged} unchanged${removed > 0 ? `, ${removed} removed` : ""}`;
+}
