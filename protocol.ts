@@ -742,18 +742,19 @@ function readInfo(reader: Reader): Record<string, unknown> {
  * which is worth a sixth of the throughput against taking turns.
  */
 export class BufferPool {
-  readonly #bytes: number;
+  /** Of each buffer. */
+  readonly bytes: number;
   readonly #free: ArrayBuffer[] = [];
   readonly #lent = new WeakSet<ArrayBufferLike>();
 
   constructor(bytes: number) {
-    this.#bytes = bytes;
+    this.bytes = bytes;
   }
 
   /** At least `length` bytes, of any content; undefined if that is more than a buffer has. */
   take(length: number): Uint8Array | undefined {
-    if (length > this.#bytes) return undefined;
-    const buffer = this.#free.pop() ?? new ArrayBuffer(this.#bytes);
+    if (length > this.bytes) return undefined;
+    const buffer = this.#free.pop() ?? new ArrayBuffer(this.bytes);
     this.#lent.add(buffer);
     return new Uint8Array(buffer, 0, length);
   }
@@ -874,8 +875,8 @@ export class FrameDecoder {
   }
 
   #allocate(bytes: number): Uint8Array {
-    const large = bytes > MAX_CONTENT_BYTES / 4;
-    return (large ? this.#pool?.take(bytes) : undefined) ?? new Uint8Array(bytes);
+    const large = this.#pool && bytes > this.#pool.bytes / 4 ? this.#pool.take(bytes) : undefined;
+    return large ?? new Uint8Array(bytes);
   }
 
   #lengthAt(bytes: Uint8Array, at: number): number {

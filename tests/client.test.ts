@@ -410,7 +410,7 @@ describe("names of our own", () => {
     writeFileSync(join(it.root, "notes.resume.json"), "{}");
     const run = await it.run("get", "notes.resume.json");
     expect(run.status).toBe(7);
-    expect(run.errors).toContain("are for unfinished downloads");
+    expect(run.errors).toContain("are for unfinished transfers");
     expect((await it.run("cat", "notes.resume.json")).output).toBe("{}");
   });
 

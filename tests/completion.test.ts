@@ -322,7 +322,7 @@ test("the words of each command are what its declaration says", () => {
     stat: ["remote"],
     put: ["local"],
     rm: ["remote"],
-    mv: ["remote", "remote"],
+    mv: ["remote"],
     mkdir: ["remote"],
     sync: ["remote", "local"],
     resume: [],
