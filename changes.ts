@@ -21,6 +21,7 @@ import {
   readdirSync,
   renameSync,
   unlinkSync,
+  writeSync,
 } from "node:fs";
 import { rm } from "node:fs/promises";
 import {
@@ -42,6 +43,7 @@ import { type Meta, type Put, quote, RepriseError, type Request, SUM_BYTES, spli
 import { beneath, errorCode, etagOf, isHidden, locate, metaOf } from "./storage.ts";
 
 const STAGING = ".reprise";
+const NEW_FLAGS = constants.O_RDWR | constants.O_CREAT | constants.O_EXCL | constants.O_NOFOLLOW;
 /** What an upload that was given up leaves is kept this long. */
 const KEEP_MS = 7 * 24 * 3600 * 1000;
 /** The lock that all workers share is held for some milliseconds at a time. */
@@ -57,14 +59,22 @@ export interface ChangesOptions {
   staging?: string;
   /** Makes of a system error on a path what is said of it. */
   wrap?: Wrap;
+  /** Whether anybody wants to know the etag of what was put. */
+  versions?: boolean;
 }
 type Wrap = (error: unknown, path: string) => RepriseError;
 
 /** A root that can be written, made if it is not there. Throws system errors. */
-export function openChanges(root: string, { staging = STAGING, wrap = errorOf }: ChangesOptions = {}): Changes {
+export function openChanges(root: string, options: ChangesOptions = {}): Changes {
+  const { staging = STAGING, wrap = errorOf, versions = true } = options;
   mkdirSync(`${root}/${staging}`, { mode: 0o700, recursive: true });
   const flags = constants.O_RDONLY | constants.O_DIRECTORY;
-  return new Changes(openSync(root, flags), openSync(`${root}/${staging}`, flags | constants.O_NOFOLLOW), wrap);
+  return new Changes(
+    openSync(root, flags),
+    openSync(`${root}/${staging}`, flags | constants.O_NOFOLLOW),
+    wrap,
+    versions,
+  );
 }
 
 export class Changes {
@@ -74,11 +84,13 @@ export class Changes {
   readonly #lock: number;
   readonly #inMemory: boolean;
   readonly #wrap: Wrap;
+  readonly #versions: boolean;
   readonly #anonymous = `new-${process.pid}-${randomUUID()}`;
   #count = 0;
 
-  constructor(root: number, staging: number, wrap: Wrap) {
+  constructor(root: number, staging: number, wrap: Wrap, versions: boolean) {
     this.#wrap = wrap;
+    this.#versions = versions;
     this.#root = root;
     this.#stagingFd = staging;
     this.#staging = beneath(staging);
@@ -220,16 +232,17 @@ export class Changes {
   }
 
   #place(upload: Upload, folders: Folders): Meta {
-    const { request } = upload;
+    const { request, staged, fd } = upload;
     const { place, folder } = folders.parentOf(request.path);
-    const target = checkTarget(request, place);
-    // Who may read a file does not change with its content.
-    if (target) fchmodSync(upload.fd, Number(target.mode) & 0o777);
-    if (request.noClobber) renameNew(upload.staged, place);
-    else renameSync(upload.staged, place);
+    if (request.etag !== "" || !renameIfNew(staged, place)) {
+      const target = checkTarget(request, place);
+      // Who may read a file does not change with its content.
+      if (target) fchmodSync(fd, Number(target.mode) & 0o777);
+      renameSync(staged, place);
+    }
     upload.placed = true;
     folders.touch(folder);
-    return metaOf(fstatSync(upload.fd, { bigint: true }), request.path);
+    return this.#versions ? metaOf(fstatSync(fd, { bigint: true }), request.path) : { ...request, kind: "file" };
   }
 
   #remove(path: string, recursive: boolean, folders: Folders): undefined {
@@ -257,7 +270,7 @@ export class Changes {
     const there = lookAt(target.place);
     if (there?.isDirectory() && !source.isDirectory()) throw notAFile(to);
     if (overwrite) renameSync(from.place, target.place);
-    else renameNew(from.place, target.place);
+    else if (!renameIfNew(from.place, target.place)) throw exists(to);
     folders.touch(from.folder);
     folders.touch(target.folder);
     folders.forget();
@@ -291,6 +304,8 @@ export class Upload {
   placed = false;
 
   static open(request: Put, staged: string, wrap: Wrap): Upload {
+    // A name that nobody else can have needs no lock.
+    if (request.id === "") return new Upload(request, staged, openSync(staged, NEW_FLAGS, 0o666), wrap);
     const fd = openLocked(staged);
     if (fstatSync(fd).size < request.offset) {
       unlock(fd, staged);
@@ -306,7 +321,7 @@ export class Upload {
     this.request = request;
     this.staged = staged;
     this.fd = fd;
-    if (request.offset > 0 || request.id !== "") ftruncateSync(fd, request.offset);
+    if (request.id !== "") ftruncateSync(fd, request.offset);
     const wrapHere = (error: unknown) => wrap(error, request.path);
     this.#queue = new WriteQueue(fd, { seekable: true, wrap: wrapHere, bytes: request.offset });
   }
@@ -319,6 +334,15 @@ export class Upload {
   /** Takes the chunk's memory over until it calls `free` with it. Throws `no_room`, `failed`. */
   append(chunk: Uint8Array, crc32: number, free: Release): Promise<void> {
     return this.#queue.append(chunk, crc32, free);
+  }
+
+  /** All of a small one. Throws as `append`. */
+  write(content: Uint8Array): void {
+    try {
+      for (let at = 0; at < content.length; ) at += writeSync(this.fd, content, at, content.length - at, at);
+    } catch (error) {
+      throw this.#wrap(error, this.request.path);
+    }
   }
 
   /** All that was appended is with the operating system. Throws as `append`. */
@@ -344,7 +368,7 @@ export class Upload {
   /** Lets go of it; what is staged stays for an upload that can go on. */
   close(): void {
     if (this.request.id === "") this.drop();
-    unlock(this.fd, this.staged);
+    else unlock(this.fd, this.staged);
     closeSync(this.fd);
   }
 }
@@ -439,12 +463,14 @@ function checkTarget({ path, noClobber, etag }: Put, place: string): Stats {
   return target;
 }
 
-/** rename(2) that never replaces. Without the call for it, the lock keeps at least other clients from coming between. */
-function renameNew(from: string, to: string): void {
-  if (libc()?.renameNew(from, to) === 0) return;
-  // Not there, not known to the file system, or refused: a look and a plain rename say which.
-  if (lookAt(to)) throw Object.assign(new Error("the name is taken"), { code: "EEXIST" });
+/** rename(2) that never replaces; false where something has the name. */
+function renameIfNew(from: string, to: string): boolean {
+  if (libc()?.renameNew(from, to) === 0) return true;
+  // Not there, not known to the file system, or refused: a look and a plain rename say which. Without the call, the lock
+  // keeps at least other clients from coming between.
+  if (lookAt(to)) return false;
   renameSync(from, to);
+  return true;
 }
 
 function sweepUpload(path: string, now: number): void {

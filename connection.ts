@@ -19,8 +19,9 @@ import { type BufferPool, type Frame, FrameDecoder, RepriseError } from "./proto
 const MAX_COLLECTED_BYTES = 64 * 1024;
 /** From this many outstanding bytes of one frame on, receiving them directly is worth a system call of its own. */
 const MIN_DIRECT_BYTES = 16 * 1024;
-/** Signals, timers and other connections get their turn after this many bytes. */
+/** Signals, timers and other connections get their turn after this many bytes, or milliseconds. */
 const TURN_BYTES = 4 * 1024 * 1024;
+const TURN_MS = 10;
 /** Chunks grow or shrink until one takes the connection about this long. */
 const FIRST_CHUNK_BYTES = 64 * 1024;
 const SHORT_CHUNK_MS = 5;
@@ -72,7 +73,9 @@ export class Connection {
   /** When bytes last came and went. */
   #readAt = 0;
   #wroteAt = 0;
+  /** Bytes since others had their turn, and when that was. */
   #turn = 0;
+  #turnAt = performance.now();
   /** Called when `next()` has used up what came, before it waits for more: the moment for what was put off. */
   beforeWait: (() => Promise<void>) | undefined;
 
@@ -93,6 +96,16 @@ export class Connection {
   /** Longest frame to accept from now on, in bytes of payload. */
   set maxLength(bytes: number) {
     this.#decoder.maxLength = bytes;
+  }
+
+  /** A frame that is here already, without waiting for any. Throws as `next`. */
+  ready(): Frame | undefined {
+    for (;;) {
+      if (this.#failure) throw this.#failure;
+      const frame = this.#decoder.next();
+      if (frame || this.#chunks.length === 0) return frame;
+      this.#decoder.push(this.#chunks.shift()!);
+    }
   }
 
   /** The next frame, or undefined when the peer has ended the stream between two frames. Throws `lost`, `bad_frame`. */
@@ -118,10 +131,16 @@ export class Connection {
    * way. One party may send while another reads.
    */
   async send(bytes: Uint8Array): Promise<void> {
+    if (this.collect(bytes)) await this.flush();
+  }
+
+  /** The same without waiting: true tells that it is time to `flush`. */
+  collect(bytes: Uint8Array): boolean {
     this.#collected.push(bytes);
     this.#collectedBytes += bytes.length;
-    if (this.#collectedBytes >= MAX_COLLECTED_BYTES) await this.flush();
-    else if (this.#readable.isWaiting) this.#flushSoon();
+    if (this.#collectedBytes >= MAX_COLLECTED_BYTES) return true;
+    if (this.#readable.isWaiting) this.#flushSoon();
+    return false;
   }
 
   /** While the other party of ours waits in `next()`, nobody would. */
@@ -270,7 +289,9 @@ export class Connection {
     for (;;) {
       const left = base() + this.#timeoutMs - performance.now();
       if (left <= 0) throw new RepriseError("timeout", `no byte for ${this.#timeoutMs / 1000} s`);
-      if (await waiter.wait(left)) return;
+      const woken = await waiter.wait(left);
+      this.#turnAt = performance.now();
+      if (woken) return;
     }
   }
 
@@ -331,8 +352,10 @@ export class Connection {
   }
 
   #turnIsOver(): boolean {
-    if (this.#turn < TURN_BYTES) return false;
+    const now = performance.now();
+    if (this.#turn < TURN_BYTES && now - this.#turnAt < TURN_MS) return false;
     this.#turn = 0;
+    this.#turnAt = now;
     return true;
   }
 

@@ -307,10 +307,10 @@ export function removeIfThere(name: string): void {
 
 /**
  * Reads `bytes` at `offset`; fewer where the file ends. From memory at once, else by Bun's thread pool, so that a slow
- * disk holds up nobody else.
+ * disk holds up nobody else. `inMemory`: it is known that there is no disk.
  */
-export async function readFully(fd: number, bytes: Uint8Array, offset: number): Promise<number> {
-  let have = readCached(fd, bytes, offset);
+export async function readFully(fd: number, bytes: Uint8Array, offset: number, inMemory = false): Promise<number> {
+  let have = readCached(fd, bytes, offset, inMemory);
   while (have < bytes.length) {
     const count = await readSome(fd, bytes.subarray(have), offset + have);
     if (count === 0) break;
@@ -320,7 +320,9 @@ export async function readFully(fd: number, bytes: Uint8Array, offset: number): 
 }
 
 /** What the page cache has of it, without waiting for a disk. */
-function readCached(fd: number, bytes: Uint8Array, offset: number): number {
+export function readCached(fd: number, bytes: Uint8Array, offset: number, inMemory = false): number {
+  if (bytes.length === 0) return 0;
+  if (inMemory) return readSync(fd, bytes, 0, bytes.length, offset);
   const calls = libc();
   if (!calls) return 0;
   const count = calls.readCached(fd, bytes, offset);

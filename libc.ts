@@ -162,7 +162,7 @@ function bind(name: string): Libc {
       return c.poll(pollfd, 1, ms) > 0;
     },
     startWriting: (file) => void c.sync_file_range(file, 0, 0, SYNC_FILE_RANGE_WRITE),
-    renameNew: (from, to) => orErrno(c.renameat2(AT_FDCWD, cString(from), AT_FDCWD, cString(to), RENAME_NOREPLACE)),
+    renameNew: (from, to) => orErrno(c.renameat2(AT_FDCWD, cString(from), AT_FDCWD, cString(to, 1), RENAME_NOREPLACE)),
     isTerminal: (file) => c.isatty(file) === 1,
   };
 }
@@ -210,6 +210,14 @@ function readTime(view: DataView): number {
   return below < 0 && nanoseconds % 1000 > 0 ? below + 1 : below;
 }
 
-function cString(text: string): Buffer {
-  return Buffer.from(`${text}\0`);
+const encoder = new TextEncoder();
+const textPlaces = [new Uint8Array(16 * 1024), new Uint8Array(16 * 1024)] as const;
+
+/** For a call that is made at once; two at a time. */
+function cString(text: string, place: 0 | 1 = 0): Uint8Array {
+  const bytes = textPlaces[place];
+  const { read, written } = encoder.encodeInto(text, bytes);
+  if (read < text.length || written === bytes.length) throw new RangeError("A path too long for any call");
+  bytes[written] = 0;
+  return bytes;
 }

@@ -20,15 +20,15 @@
  *              and content.
  *
  *              type  name      direction  payload
- *              0x01  HELLO     to server  magic u32 "RPRS", version u16, flags u32 (0; unknown bits are ignored),
- *                                         token str (empty: none)
+ *              0x01  HELLO     to server  magic u32 "RPRS", version u16, flags u32 (1: takes FILE; unknown bits
+ *                                         are ignored), token str (empty: none)
  *              0x10  GET       to server  offset u64, length u64 (2^53-1: to the end), etag str, path str
  *              0x11  LIST      to server  flags u8 (1: the folders below as well), path str
  *              0x12  STAT      to server  path str
  *              0x13  STATUS    to server  empty
  *              0x1f  QUIT      to server  empty
  *              0x20  PUT       to server  offset u64, size u64 (2^53-1: not known), mtime i64, flags u8 (1: only if
- *                                         nothing has the name), id str, etag str, path str
+ *                                         nothing has the name; 2: with content), id str, etag str, path str, content
  *              0x21  REMOVE    to server  flags u8 (1: a folder with all that is in it), path str
  *              0x22  MOVE      to server  flags u8 (1: in place of what has the name), path str, new path str
  *              0x23  MKDIR     to server  flags u8 (1: with the folders above it, also if it is there), path str
@@ -43,6 +43,7 @@
  *              0x87  INFO      to client  a JSON object in UTF-8
  *              0x88  SUM       to client  length u64, crc32 u32: of the next bytes
  *              0x89  WAIT      to client  empty
+ *              0x8a  FILE      to client  kind u8, size u64, mtime i64, etag str, content (`size` bytes)
  *
  * [handshake]  HELLO -> WELCOME, or REDIRECT (connect there instead), or ERROR and the end of the connection. A server
  *              that does not speak the version answers ERROR `version`, whose text names the versions it speaks.
@@ -50,14 +51,17 @@
  * [get]        GET -> META DATA* END, or ERROR in place of any of these frames. Content starts at `offset`, the bytes
  *              that the client already holds. A client that holds a part names its version with `etag`; if the file
  *              is another by now, the answer is ERROR `changed` and no content. So is the frame in place of the next
- *              DATA when the file changes while it is sent. Only END means that the content is complete.
+ *              DATA when the file changes while it is sent. Only END means that the content is complete. A small file
+ *              that is asked for from its start comes as FILE, which is META, DATA and END in one, to a client whose HELLO
+ *              says that it takes that.
  *
  * [put]        PUT DATA* END -> META of the new version, or ERROR. Acknowledged means on disk, under its name. Content
  *              starts at `offset`: what the server holds of the upload `id` before it is kept, what it holds beyond is
  *              dropped. With `etag`, the file must still be that version. An ERROR may come before END is sent; the
  *              client then sends END at once, whose count is not looked at, and the server passes over all before it.
- *              An id is 32 hexadecimal digits made up by the client, the key to go on by; "" for what fits into one
- *              DATA and is not worth it. Requests behind it may be sent without waiting, as everywhere.
+ *              A PUT with content has all of it, and no DATA and END behind it. An id is 32 hexadecimal digits made up
+ *              by the client, the key to go on by; "" for what is not worth it. Requests behind it may be sent without
+ *              waiting, as everywhere.
  *
  * [sums]       SUMS -> SUM* END: checksums of a file, or of what the server holds of an upload, piece by piece from the
  *              start, so that the client can tell how far its own is the same. An id that is not known has no bytes.
@@ -100,12 +104,16 @@ export const MAX_ANSWER_BYTES = MAX_CONTENT_BYTES;
 export const MAX_REQUEST_BYTES = 64 * 1024;
 /** [sums] What one SUM stands for, the last one of a file perhaps for less. */
 export const SUM_BYTES = 16 * 1024 * 1024;
+/** Content of a FILE, and of a PUT that has it with it. */
+export const MAX_WHOLE_BYTES = 56 * 1024;
 export const MAX_PATH_BYTES = 4096;
 export const MAX_SEGMENT_BYTES = 255;
 export const MAX_ETAG_BYTES = 255;
 export const MAX_TEXT_BYTES = 1024;
 /** As a GET's `length`: everything from the offset on. */
 export const TO_THE_END = Number.MAX_SAFE_INTEGER;
+/** A flag of HELLO: FILE may come in place of META, DATA and END. */
+export const TAKES_FILE = 1;
 /** As a PUT's `size`: the source tells when it ends. */
 export const UNKNOWN_SIZE = Number.MAX_SAFE_INTEGER;
 
@@ -131,6 +139,7 @@ export const FrameType = {
   INFO: 0x87,
   SUM: 0x88,
   WAIT: 0x89,
+  FILE: 0x8a,
 } as const;
 export type FrameType = (typeof FrameType)[keyof typeof FrameType];
 
@@ -247,6 +256,8 @@ export interface Put {
   noClobber: boolean;
   /** Only in place of this version; "" for any. */
   etag: string;
+  /** All of it, where it travels in the same frame. */
+  content?: Uint8Array | undefined;
 }
 
 export interface Hello {
@@ -265,6 +276,7 @@ export type Answer =
   | { type: "error"; error: RepriseError }
   | ({ type: "meta"; offset: number } & Meta)
   | { type: "wait" }
+  | ({ type: "file"; content: Uint8Array } & Meta)
   | { type: "sum"; length: number; crc32: number }
   | { type: "entries"; entries: Entry[] }
   | { type: "info"; info: Record<string, unknown> };
@@ -327,14 +339,23 @@ function sumOf(frame: Uint8Array): number {
   return Bun.hash.crc32(frame.subarray(HEADER_BYTES), head);
 }
 
-/** [frame] Writes one frame's fields in order. Length and crc32 are filled in by `done`. */
-class Writer {
-  #bytes = new Uint8Array(256);
-  #view = new DataView(this.#bytes.buffer);
-  #end: number = HEADER_BYTES;
+/** Where a frame is put together before it is known how long it gets: a new place for each costs more than all the rest. */
+let scratch = new Uint8Array(64 * 1024);
+let scratchView = new DataView(scratch.buffer);
 
-  constructor(type: FrameType) {
-    this.#bytes[4] = type;
+/** [frame] Writes one frame's fields in order, one frame at a time. Length and crc32 are filled in by `done`. */
+class Writer {
+  #bytes = scratch;
+  #view = scratchView;
+  #end: number = HEADER_BYTES;
+  readonly #type: FrameType;
+
+  /** `own`: the place is its own, for a frame that is written in several goes. */
+  constructor(type: FrameType, own?: Uint8Array<ArrayBuffer>) {
+    this.#type = type;
+    if (!own) return;
+    this.#bytes = own;
+    this.#view = new DataView(own.buffer);
   }
   /** Bytes of payload so far. */
   get length(): number {
@@ -381,10 +402,10 @@ class Writer {
     return this;
   }
   done(): Uint8Array {
-    const frame = this.#bytes.subarray(0, this.#end);
     this.#view.setUint32(0, this.length);
-    this.#view.setUint32(SUMMED_HEAD_BYTES, sumOf(frame));
-    return frame;
+    this.#bytes[LENGTH_BYTES] = this.#type;
+    this.#view.setUint32(SUMMED_HEAD_BYTES, sumOf(this.#bytes.subarray(0, this.#end)));
+    return this.#bytes.slice(0, this.#end);
   }
   /** Makes room. May move everything, so `#bytes` and `#view` are looked at afterwards. */
   #take(count: number): number {
@@ -393,8 +414,10 @@ class Writer {
     if (this.#end > this.#bytes.length) {
       const larger = new Uint8Array(Math.max(this.#end, this.#bytes.length * 2));
       larger.set(this.#bytes);
+      if (this.#bytes === scratch) scratch = larger;
       this.#bytes = larger;
       this.#view = new DataView(larger.buffer);
+      if (scratch === larger) scratchView = this.#view;
     }
     return at;
   }
@@ -434,11 +457,20 @@ export function encodeRequest(request: Request): Uint8Array {
   }
 }
 
-/** [put] offset u64, size u64, mtime i64, flags u8, id str, etag str, path str. */
-function encodePut({ offset, size, mtime, noClobber, id, etag, path }: Put): Uint8Array {
-  const frame = new Writer(FrameType.PUT).u64(offset).u64(size).i64(mtime).flag(noClobber);
-  return frame.str(id).str(etag, MAX_ETAG_BYTES).str(path).done();
+/** [put] offset u64, size u64, mtime i64, flags u8, id str, etag str, path str, content. */
+function encodePut(put: Put): Uint8Array {
+  const frame = putFields(put);
+  return (put.content ? frame.raw(put.content) : frame).done();
 }
+
+function putFields({ offset, size, mtime, noClobber, id, etag, path, content }: Put): Writer {
+  const flags = (noClobber ? PUT_NO_CLOBBER : 0) | (content ? PUT_WITH_CONTENT : 0);
+  const frame = new Writer(FrameType.PUT).u64(offset).u64(size).i64(mtime).u8(flags);
+  return frame.str(id).str(etag, MAX_ETAG_BYTES).str(path);
+}
+
+const PUT_NO_CLOBBER = 1;
+const PUT_WITH_CONTENT = 2;
 
 /** [handshake] version u16, software str. */
 export function encodeWelcome(software: string): Uint8Array {
@@ -460,6 +492,12 @@ export function encodeError(error: RepriseError): Uint8Array {
 export function encodeMeta(meta: Meta, offset = 0): Uint8Array {
   const frame = new Writer(FrameType.META).u8(EntryKind[meta.kind]).u64(meta.size).i64(meta.mtime).u64(offset);
   return frame.str(meta.etag, MAX_ETAG_BYTES).done();
+}
+
+/** [get] kind u8, size u64, mtime i64, etag str, and all of the content. */
+export function encodeFile(meta: Meta, content: Uint8Array): Uint8Array {
+  const frame = new Writer(FrameType.FILE).u8(EntryKind[meta.kind]).u64(meta.size).i64(meta.mtime);
+  return frame.str(meta.etag, MAX_ETAG_BYTES).raw(content).done();
 }
 
 /** [get] [put] What goes before `length` bytes of content, whose crc32 is `contentSum`; written to `into`, where given. */
@@ -505,7 +543,7 @@ export class EntriesEncoder {
 
   /** Appends kind u8, size u64, mtime i64, path str. */
   add(entry: Entry): Uint8Array | undefined {
-    this.#frame ??= new Writer(FrameType.ENTRIES);
+    this.#frame ??= new Writer(FrameType.ENTRIES, new Uint8Array(MAX_REQUEST_BYTES));
     this.#frame.u8(EntryKind[entry.kind]).u64(entry.size).i64(entry.mtime).str(entry.path);
     return this.#frame.length > MAX_REQUEST_BYTES - MAX_PATH_BYTES - 32 ? this.rest() : undefined;
   }
@@ -634,16 +672,7 @@ function readRequest(type: number, reader: Reader): Request {
     case FrameType.QUIT:
       return { action: "quit" };
     case FrameType.PUT:
-      return {
-        action: "put",
-        offset: reader.u64(),
-        size: reader.u64(),
-        mtime: reader.i64(),
-        noClobber: reader.flag(),
-        id: reader.str(),
-        etag: reader.str(MAX_ETAG_BYTES),
-        path: reader.str(),
-      };
+      return readPut(reader);
     case FrameType.REMOVE:
       return { action: "remove", recursive: reader.flag(), path: reader.str() };
     case FrameType.MOVE:
@@ -655,6 +684,14 @@ function readRequest(type: number, reader: Reader): Request {
     default:
       throw badFrame(`a request of type 0x${type.toString(16)}`);
   }
+}
+
+function readPut(reader: Reader): Put {
+  const [offset, size, mtime, flags] = [reader.u64(), reader.u64(), reader.i64(), reader.u8()];
+  const [id, etag, path] = [reader.str(), reader.str(MAX_ETAG_BYTES), reader.str()];
+  const content = flags & PUT_WITH_CONTENT ? reader.rest() : undefined;
+  if (content && (offset !== 0 || content.length !== size)) throw badFrame("a PUT with other content than it says");
+  return { action: "put", offset, size, mtime, noClobber: (flags & PUT_NO_CLOBBER) !== 0, id, etag, path, content };
 }
 
 /** [put] A frame behind PUT. Throws `bad_frame`. Content is the payload itself, not a copy. */
@@ -689,6 +726,12 @@ function readAnswer(type: number, reader: Reader): Answer {
     }
     case FrameType.END:
       return { type: "end", count: reader.u64() };
+    case FrameType.FILE: {
+      const meta = { kind: reader.kind(), size: reader.u64(), mtime: reader.i64(), etag: reader.str(MAX_ETAG_BYTES) };
+      const content = reader.rest();
+      if (content.length !== meta.size) throw badFrame("a FILE with other content than it says");
+      return { type: "file", ...meta, content };
+    }
     case FrameType.WAIT:
       return { type: "wait" };
     case FrameType.SUM:

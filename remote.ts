@@ -18,6 +18,7 @@ import {
   encodeEnd,
   encodeHello,
   encodeRequest,
+  type Frame,
   HEADER_BYTES,
   MAX_ANSWER_BYTES,
   MAX_CONTENT_BYTES,
@@ -26,6 +27,7 @@ import {
   quote,
   RepriseError,
   type Request,
+  TAKES_FILE,
   TO_THE_END,
 } from "./protocol.ts";
 import type { Target } from "./resume.ts";
@@ -68,17 +70,20 @@ export interface RemoteOptions {
 
 /** A request and its answer, as one of many that are under way together: see `Remote.run`. */
 export interface Exchange {
-  /** Local preparation, before each `ask`. */
-  open?(): Promise<void>;
+  /** Local preparation, before each `ask`, if there is any. */
+  open?(): Promise<void> | undefined;
   /** What must have been answered before `ask`, if anything; nothing else is then under way. */
   preparation?(): ((peer: Peer) => Promise<void>) | undefined;
   /** Sends the request, again on a new connection if the first was lost. Throws only what ends the connection. */
-  ask(peer: Peer): Promise<void>;
+  ask(peer: Peer): Promise<void> | undefined;
   /** Takes its answer, all of it. Returns true if it must be asked once more. */
-  take(peer: Peer): Promise<boolean>;
+  take(peer: Peer): Promise<boolean> | boolean;
   /** It cannot be done. */
   failed(error: RepriseError): void;
 }
+
+/** Gives exchanges one by one, at once where it can, and undefined at the end. */
+export type Supply = () => Promise<Exchange | undefined> | Exchange | undefined;
 
 /** What an upload is to become, and under which condition. */
 export type PutOptions = Pick<Put, "path" | "id" | "noClobber" | "etag">;
@@ -133,6 +138,14 @@ export class Remote {
    * is there this is tried again like everything else; a list that is cut later throws `lost`.
    */
   async *list(path: string, recursive = false): AsyncGenerator<Entry> {
+    for await (const entries of this.listMany(path, recursive)) {
+      // Not `yield*`, which in an async generator takes two thirds longer.
+      for (const entry of entries) yield entry;
+    }
+  }
+
+  /** The same, as many at a time as come together. */
+  async *listMany(path: string, recursive = false): AsyncGenerator<Entry[]> {
     const endTurn = await this.#takeTurn();
     let complete = false;
     try {
@@ -149,8 +162,7 @@ export class Remote {
           break;
         }
         count += answer.entries.length;
-        // Not `yield*`, which in an async generator takes two thirds longer.
-        for (const entry of answer.entries) yield entry;
+        yield answer.entries;
       }
       complete = true;
     } finally {
@@ -187,7 +199,7 @@ export class Remote {
   /** Puts one source, and returns the new version. Throws `local`, `exists`, `changed`, `no_room`. */
   async upload(options: PutOptions, source: Source, hooks: UploadHooks = {}, resumes = false): Promise<Meta> {
     const upload = new UploadExchange(this, options, source, hooks, resumes);
-    await this.run([upload][Symbol.iterator]());
+    await this.run([upload]);
     return upload.result();
   }
 
@@ -246,15 +258,19 @@ export class Remote {
       const end = giveUp ? undefined : target.end;
       const length = Math.min(this.#stretch(), end === undefined ? TO_THE_END : end - offset);
       await peer.ask({ action: "get", path, offset, length, etag });
-      const { type: _, offset: given, ...meta } = await peer.expect("meta");
-      if (meta.kind !== "file" || meta.etag === "") throw unexpected("a file without a version");
-      if (given !== offset || (etag !== "" && meta.etag !== etag)) throw unexpected("another part than was asked for");
+      const answer = await peer.expect("meta", "file");
+      const { kind, size, mtime, etag: found } = answer;
+      const meta = { kind, size, mtime, etag: found };
+      const given = answer.type === "meta" ? answer.offset : 0;
+      if (kind !== "file" || found === "") throw unexpected("a file without a version");
+      if (given !== offset || (etag !== "" && found !== etag)) throw unexpected("another part than was asked for");
       if (giveUp) target.reset();
       giveUp = renewal.pending = false;
       target.begin(meta);
       if (offset === start) hooks.begin?.(meta, offset);
       try {
-        await peer.receive(target, meta.size, hooks.progress);
+        if (answer.type === "meta") await peer.receive(target, size, hooks.progress);
+        else await peer.receiveWhole(target, answer.content, hooks.progress);
       } finally {
         await target.settle();
       }
@@ -273,8 +289,9 @@ export class Remote {
    * their number costs no round trips. What was not answered when a connection is lost is asked again on the next.
    * `beforeWait` is called when all that came was used up.
    */
-  run(exchanges: Iterator<Exchange> | AsyncIterator<Exchange>, beforeWait?: () => Promise<void>): Promise<void> {
-    const pipeline = new Pipeline(exchanges, this.#options.retries, this.#signal);
+  run(exchanges: Supply | Exchange[], beforeWait?: () => Promise<void>): Promise<void> {
+    const supply = Array.isArray(exchanges) ? () => exchanges.shift() : exchanges;
+    const pipeline = new Pipeline(supply, this.#options.retries, this.#signal);
     return this.#call(async (peer) => {
       peer.beforeWait = beforeWait;
       try {
@@ -452,7 +469,7 @@ export class Peer {
 
   static async open(options: PeerOptions & ConnectOptions): Promise<Peer> {
     const connection = await connect(options);
-    await connection.send(encodeHello());
+    await connection.send(encodeHello({ flags: TAKES_FILE }));
     return new Peer(connection, options);
   }
 
@@ -469,6 +486,35 @@ export class Peer {
     return this.#connection.send(encodeRequest(request));
   }
 
+  /** The same; undefined where there is nothing to wait for. */
+  askNow(request: Request): Promise<void> | undefined {
+    return this.#connection.collect(encodeRequest(request)) ? this.#connection.flush() : undefined;
+  }
+
+  /** The next answer, if it is here already; it is left to `expect`, unless `drop` is called. Throws as `expect`. */
+  peekNow(): Answer | undefined {
+    while (!this.#peeked && this.#greeted) {
+      const frame = this.#ready();
+      if (!frame) break;
+      const answer = this.#decode(frame);
+      if (answer.type !== "wait") this.#peeked = this.#accept(answer);
+    }
+    return this.#peeked;
+  }
+
+  #ready(): Frame | undefined {
+    try {
+      return this.#connection.ready();
+    } catch (error) {
+      return this.#explain(error);
+    }
+  }
+
+  /** Whoever peeked has taken the answer. */
+  drop(): void {
+    this.#peeked = undefined;
+  }
+
   /** `frame` has room for a header, then content, and may be used again on return. Returns the content's crc32. */
   async content(frame: Uint8Array): Promise<number> {
     const content = frame.subarray(HEADER_BYTES);
@@ -477,16 +523,6 @@ export class Peer {
     await this.#connection.send(frame);
     await this.#connection.flush();
     return crc32;
-  }
-
-  /** Content that comes with its end, and is given away. */
-  async wholeContent(frame: Uint8Array): Promise<void> {
-    const content = frame.subarray(HEADER_BYTES);
-    if (content.length > 0) {
-      encodeDataHeader(content.length, Bun.hash.crc32(content), frame);
-      await this.#connection.send(frame);
-    }
-    await this.#connection.send(encodeEnd(content.length));
   }
 
   async end(count: number): Promise<void> {
@@ -514,7 +550,7 @@ export class Peer {
 
   /** The next answer, which must be of one of these types. Throws what the server says is wrong. */
   async expect<T extends Answer["type"]>(...types: T[]): Promise<Extract<Answer, { type: T }>> {
-    const answer = this.#peeked ?? (await this.#answer());
+    const answer = this.peekNow() ?? (await this.#answer());
     this.#peeked = undefined;
     if (!(types as string[]).includes(answer.type))
       throw unexpected(`${answer.type} in place of ${types.join(" or ")}`);
@@ -541,6 +577,14 @@ export class Peer {
     }
   }
 
+  /** The same of content that came in one frame. */
+  async receiveWhole(target: Receiver, content: Uint8Array, progress?: (bytes: number) => void): Promise<void> {
+    this.progress = true;
+    if (content.length > 0) await target.append(content, Bun.hash.crc32(content), this.#free);
+    progress?.(content.length);
+    await this.pace(content.length);
+  }
+
   /** Receives content until END, and forgets it. */
   async skip(): Promise<void> {
     for (;;) {
@@ -551,8 +595,8 @@ export class Peer {
   }
 
   /** At a limited rate: waits until so many further bytes are due. */
-  async pace(bytes: number): Promise<void> {
-    if (this.#options.pace) await this.#options.pace.take(bytes, this.#options.signal);
+  pace(bytes: number): Promise<void> | undefined {
+    return this.#options.pace?.take(bytes, this.#options.signal);
   }
 
   /** Waits for the next answer and leaves it to `expect`. */
@@ -584,27 +628,30 @@ export class Peer {
     return this.#read();
   }
 
-  /** A server that has said WELCOME speaks the protocol: what then can't be understood was damaged on the way. */
-  async #next(): Promise<Answer | undefined> {
-    try {
-      const frame = await this.#connection.next();
-      return frame && decodeAnswer(frame);
-    } catch (error) {
-      const damaged = this.#greeted && error instanceof RepriseError && error.code === "bad_frame";
-      throw damaged ? new RepriseError("checksum", undefined, error) : error;
-    }
-  }
-
-  async #nextButWait(): Promise<Answer | undefined> {
-    for (;;) {
-      const answer = await this.#next();
-      if (answer?.type !== "wait") return answer;
-    }
-  }
-
   async #read(): Promise<Answer> {
-    const answer = await this.#nextButWait();
-    if (!answer) throw new RepriseError("lost", "the server closed the connection");
+    for (;;) {
+      const frame = await this.#connection.next().catch((error) => this.#explain(error));
+      if (!frame) throw new RepriseError("lost", "the server closed the connection");
+      const answer = this.#decode(frame);
+      if (answer.type !== "wait") return this.#accept(answer);
+    }
+  }
+
+  #decode(frame: Frame): Answer {
+    try {
+      return decodeAnswer(frame);
+    } catch (error) {
+      return this.#explain(error);
+    }
+  }
+
+  /** A server that has said WELCOME speaks the protocol: what then can't be understood was damaged on the way. */
+  #explain(error: unknown): never {
+    const damaged = this.#greeted && error instanceof RepriseError && error.code === "bad_frame";
+    throw damaged ? new RepriseError("checksum", undefined, error) : error;
+  }
+
+  #accept(answer: Answer): Answer {
     const isLast = answer.type === "error" && ERRORS[answer.error.code].closes;
     if (!isLast) this.answered = true;
     if (answer.type === "error") throw answer.error;
@@ -617,7 +664,7 @@ export class Peer {
 
 /** Exchanges over whatever connections it takes: one loop asks, another takes the answers. */
 class Pipeline {
-  readonly #exchanges: Iterator<Exchange> | AsyncIterator<Exchange>;
+  readonly #supply: Supply;
   readonly #retries: number;
   readonly #signal: AbortSignal | undefined;
   /** Asked, in the order of their answers. */
@@ -625,12 +672,12 @@ class Pipeline {
   /** To be asked again. */
   #again: Exchange[] = [];
   readonly #tries = new Map<Exchange, number>();
-  #changed = Promise.withResolvers<void>();
+  #changed: PromiseWithResolvers<void> | undefined;
   #allAsked = false;
   #isCut = false;
 
-  constructor(exchanges: Iterator<Exchange> | AsyncIterator<Exchange>, retries: number, signal?: AbortSignal) {
-    this.#exchanges = exchanges;
+  constructor(supply: Supply, retries: number, signal?: AbortSignal) {
+    this.#supply = supply;
     this.#retries = retries;
     this.#signal = signal;
   }
@@ -651,11 +698,15 @@ class Pipeline {
     }
   }
 
+  /** No promise is made where nothing is waited for: with many small files that is most of the work. */
   async #askAll(peer: Peer): Promise<void> {
     for (;;) {
-      const exchange = this.#again.shift() ?? (await this.#next());
-      if (exchange) await this.#askOne(peer, exchange);
-      else if (this.#underWay.length > 0)
+      const next = this.#again.shift() ?? this.#supply();
+      const exchange = next instanceof Promise ? await next : next;
+      if (exchange) {
+        const asking = this.#askOne(peer, exchange);
+        if (asking) await asking;
+      } else if (this.#underWay.length > 0)
         await this.#until(() => this.#underWay.length === 0 || this.#again.length > 0);
       else break;
     }
@@ -663,9 +714,20 @@ class Pipeline {
     this.#tell();
   }
 
-  async #askOne(peer: Peer, exchange: Exchange): Promise<void> {
+  #askOne(peer: Peer, exchange: Exchange): Promise<void> | undefined {
     try {
-      await exchange.open?.();
+      const opening = exchange.open?.();
+      const isSimple = !opening && !exchange.preparation && this.#underWay.length < MAX_UNDER_WAY;
+      if (!isSimple) return this.#prepareAndAsk(peer, exchange, opening);
+    } catch (error) {
+      return this.#refuseOrThrow(exchange, error);
+    }
+    return this.#send(peer, exchange);
+  }
+
+  async #prepareAndAsk(peer: Peer, exchange: Exchange, opening: Promise<void> | undefined): Promise<void> {
+    try {
+      await opening;
       const prepare = exchange.preparation?.();
       if (prepare) {
         await this.#until(() => this.#underWay.length === 0);
@@ -673,24 +735,34 @@ class Pipeline {
       }
       await this.#until(() => this.#underWay.length < MAX_UNDER_WAY);
     } catch (error) {
-      if (!isOfOne(error)) {
-        this.#again.unshift(exchange);
-        throw error;
-      }
-      return this.#refuse(exchange, error);
+      return this.#refuseOrThrow(exchange, error);
     }
+    await this.#send(peer, exchange);
+  }
+
+  #send(peer: Peer, exchange: Exchange): Promise<void> | undefined {
     this.#underWay.push(exchange);
     this.#tell();
-    await exchange.ask(peer);
+    return exchange.ask(peer);
+  }
+
+  async #refuseOrThrow(exchange: Exchange, error: unknown): Promise<void> {
+    if (isOfOne(error)) return this.#refuse(exchange, error);
+    this.#again.unshift(exchange);
+    throw error;
   }
 
   async #takeAll(peer: Peer): Promise<void> {
     for (;;) {
-      await this.#until(() => this.#underWay.length > 0 || this.#allAsked);
       const exchange = this.#underWay[0];
-      if (!exchange) return;
+      if (!exchange && this.#allAsked) return;
+      if (!exchange) {
+        await this.#until(() => this.#underWay.length > 0 || this.#allAsked);
+        continue;
+      }
       try {
-        if (await exchange.take(peer)) this.#again.push(exchange);
+        const taken = exchange.take(peer);
+        if (typeof taken === "boolean" ? taken : await taken) this.#again.push(exchange);
       } catch (error) {
         if (error instanceof Dropped) {
           this.#underWay.shift();
@@ -713,21 +785,17 @@ class Pipeline {
     this.#again.push(exchange);
   }
 
-  async #next(): Promise<Exchange | undefined> {
-    const { value, done } = await this.#exchanges.next();
-    return done ? undefined : value;
-  }
-
   async #until(condition: () => boolean): Promise<void> {
     while (!condition()) {
       if (this.#isCut) throw new RepriseError("lost");
+      this.#changed ??= Promise.withResolvers();
       await this.#changed.promise;
     }
   }
 
   #tell(): void {
-    this.#changed.resolve();
-    this.#changed = Promise.withResolvers<void>();
+    this.#changed?.resolve();
+    this.#changed = undefined;
   }
 }
 

@@ -12,13 +12,14 @@
 import { isUtf8 } from "node:buffer";
 import { type BigIntStats, closeSync, constants, fstatSync, lstatSync, openSync } from "node:fs";
 import { readdir } from "node:fs/promises";
-import { readFully } from "./disk.ts";
+import { isInMemory, readCached, readFully } from "./disk.ts";
 import { Dirent, DirentKind, Errno, type FolderCalls, folderCalls, libc, type Stat } from "./libc.ts";
 import {
   BufferPool,
   crc32Combine,
   type Entry,
   MAX_PATH_BYTES,
+  MAX_WHOLE_BYTES,
   type Meta,
   quote,
   RepriseError,
@@ -48,6 +49,11 @@ export interface Root {
   stat(path: string): Promise<Meta>;
   /** Throws `not_a_file` as well. The caller closes what it gets. */
   open(path: string): Promise<OpenFile>;
+  /**
+   * A file of up to MAX_WHOLE_BYTES at once, if nothing has to be waited for; undefined if `open` is the way. Its content
+   * stays as it is until the next call. Throws as `open`.
+   */
+  readNow(path: string): { meta: Meta; content: Uint8Array } | undefined;
   /**
    * The entries of a folder as they come, with those of the folders below it if `recursive`, as many at a time as can
    * be had without holding up others. Throws `not_a_folder`.
@@ -90,9 +96,14 @@ export function isHidden(name: string): boolean {
 
 class FolderRoot implements Root {
   readonly #fd: number;
+  readonly #device: bigint;
+  /** There is no disk to wait for. */
+  readonly #inMemory: boolean;
 
   constructor(fd: number) {
     this.#fd = fd;
+    this.#device = fstatSync(fd, { bigint: true }).dev;
+    this.#inMemory = isInMemory(fd);
   }
 
   async stat(path: string): Promise<Meta> {
@@ -107,12 +118,34 @@ class FolderRoot implements Root {
   async open(path: string): Promise<OpenFile> {
     const at = this.#locate(path);
     try {
-      const meta = metaOf(await settled(at), path);
-      if (meta.kind !== "file") throw new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);
-      return new FolderFile(openForReading(at, path), meta, path);
+      const stat = await settled(at);
+      if (stat.isDirectory()) throw new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);
+      const meta = metaOf(stat, path);
+      return new FolderFile(openForReading(at, path), stat, meta, path, this.#isInMemory(stat));
     } finally {
       closeSync(at);
     }
+  }
+
+  readNow(path: string): { meta: Meta; content: Uint8Array } | undefined {
+    const at = this.#locate(path);
+    try {
+      const stat = fstatSync(at, { bigint: true });
+      if (!stat.isFile() || stat.size > MAX_WHOLE_BYTES || unsettledMs(stat) > 0) return undefined;
+      const file = new FolderFile(openForReading(at, path), stat, metaOf(stat, path), path, this.#isInMemory(stat));
+      try {
+        const content = file.readNow();
+        return content && { meta: file.meta, content };
+      } finally {
+        file.close();
+      }
+    } finally {
+      closeSync(at);
+    }
+  }
+
+  #isInMemory(stat: BigIntStats): boolean {
+    return this.#inMemory && stat.dev === this.#device;
   }
 
   list(path: string, recursive: boolean): AsyncGenerator<Entry[]> {
@@ -171,12 +204,16 @@ class FolderRoot implements Root {
 class FolderFile implements OpenFile {
   readonly fd: number;
   readonly meta: Meta;
+  readonly #stat: BigIntStats;
   readonly #path: string;
+  readonly #inMemory: boolean;
 
-  constructor(fd: number, meta: Meta, path: string) {
+  constructor(fd: number, stat: BigIntStats, meta: Meta, path: string, inMemory: boolean) {
     this.fd = fd;
+    this.#stat = stat;
     this.meta = meta;
     this.#path = path;
+    this.#inMemory = inMemory;
   }
 
   async read(offset: number, length: number): Promise<Uint8Array> {
@@ -184,6 +221,14 @@ class FolderFile implements OpenFile {
     await this.#fill(bytes, offset);
     this.verify();
     return bytes;
+  }
+
+  /** All of it, if it is in memory and not longer than `scratchNow`, of which the answer is a view until the next call. */
+  readNow(): Uint8Array | undefined {
+    const content = scratchNow.subarray(0, this.meta.size);
+    if (readCached(this.fd, content, 0, this.#inMemory) < content.length) return undefined;
+    this.verify();
+    return content;
   }
 
   async checksum(offset: number, length: number): Promise<number> {
@@ -215,12 +260,11 @@ class FolderFile implements OpenFile {
   }
 
   verify(): void {
-    const stat = fstatSync(this.fd, { bigint: true });
-    if (etagOf(stat) === this.meta.etag) return;
+    const { size, mtimeNs, ctimeNs, nlink } = fstatSync(this.fd, { bigint: true });
+    const was = this.#stat;
+    if (size !== was.size || mtimeNs !== was.mtimeNs) throw changed(this.#path);
     // Replaced by a rename, or removed: that touches ctime alone, and what is open stays the version it was.
-    const { size, mtime } = this.meta;
-    const isUnlinked = stat.nlink === 0n && Number(stat.size) === size && Number(stat.mtimeNs / 1000n) === mtime;
-    if (!isUnlinked) throw changed(this.#path);
+    if (ctimeNs !== was.ctimeNs && nlink !== 0n) throw changed(this.#path);
   }
 
   close(): void {
@@ -229,7 +273,7 @@ class FolderFile implements OpenFile {
 
   async #fill(bytes: Uint8Array, offset: number): Promise<void> {
     try {
-      if ((await readFully(this.fd, bytes, offset)) === bytes.length) return;
+      if ((await readFully(this.fd, bytes, offset, this.#inMemory)) === bytes.length) return;
     } catch (error) {
       throw new RepriseError("failed", `the server could not read ${quote(this.#path)}`, error);
     }
@@ -244,6 +288,7 @@ class FolderFile implements OpenFile {
 }
 
 const oneByte = new Uint8Array(1);
+const scratchNow = new Uint8Array(MAX_WHOLE_BYTES);
 
 /** Scratch space for reading what is only summed up: one is enough until a disk is slow. */
 const freeScratch: Uint8Array[] = [];
@@ -433,11 +478,17 @@ function isShown(name: string, prefix: string): boolean {
 async function settled(fd: number): Promise<BigIntStats> {
   for (let looks = 1; ; looks++) {
     const stat = fstatSync(fd, { bigint: true });
-    const age = Date.now() - Number(stat.ctimeNs / 1_000_000n);
-    const isOld = age < 0 || age >= SETTLE_MS || !stat.isFile();
-    if (isOld || looks === MAX_LOOKS) return stat;
-    await Bun.sleep(SETTLE_MS - age);
+    const ms = unsettledMs(stat);
+    if (ms === 0 || looks === MAX_LOOKS) return stat;
+    await Bun.sleep(ms);
   }
+}
+
+/** How long a change may still be hidden. */
+function unsettledMs(stat: BigIntStats): number {
+  if (!stat.isFile()) return 0;
+  const age = Date.now() - Math.floor(Number(stat.ctimeNs) / 1e6);
+  return age < 0 || age >= SETTLE_MS ? 0 : SETTLE_MS - age;
 }
 
 export function metaOf(stat: BigIntStats, path: string): Meta {

@@ -25,8 +25,8 @@ import { crc32Of, isRunning } from "./disk.ts";
 import {
   type Entry,
   type EntryKind,
-  HEADER_BYTES,
   MAX_CONTENT_BYTES,
+  MAX_WHOLE_BYTES,
   type Meta,
   quote,
   RepriseError,
@@ -51,6 +51,8 @@ import { asLocalSource, FileSource, SourceChanged } from "./upload.ts";
 
 /** Files that are synced and get their names together, at most. */
 const MAX_GROUP = 256;
+/** Local folders whose names are held in memory. */
+const MAX_KNOWN_FOLDERS = 100;
 /** What is left of a refused answer is received and forgotten up to here; beyond, another connection costs less. */
 const MAX_SKIPPED_BYTES = 1024 * 1024;
 
@@ -140,10 +142,10 @@ abstract class Transfer {
     }
   }
 
-  async done(path: string, file: string, meta: Meta, offset: number, started: number): Promise<void> {
+  done(path: string, file: string, meta: Meta, offset: number, started: number): Promise<void> | undefined {
     this.tally.files++;
     this.#line?.update();
-    await printDone(this.context, { path, file, ...meta, offset, started });
+    return this.context.json ? printDone(this.context, { path, file, ...meta, offset, started }) : undefined;
   }
 
   /** So many more bytes went over. */
@@ -176,23 +178,15 @@ abstract class Transfer {
   }
 
   /** Runs the exchanges over as many connections as there are jobs, and no more than there are exchanges. */
-  protected async share(exchanges: AsyncIterator<Exchange>, beforeWait?: () => Promise<void>): Promise<void> {
-    const first: Exchange[] = [];
-    while (first.length < this.context.jobs) {
-      const { value, done } = await exchanges.next();
-      if (done) break;
-      first.push(value);
-    }
-    const remotes = first.map((_, index) => this.connect(index > 0));
-    const next = async (): Promise<IteratorResult<Exchange>> => {
-      const value = first.shift();
-      return value ? { value, done: false } : exchanges.next();
-    };
+  protected async share(batches: AsyncIterator<Exchange[]>, beforeWait?: () => Promise<void>): Promise<void> {
+    const shared = new Shared(batches);
+    const count = await shared.countUpTo(this.context.jobs);
+    const remotes = Array.from({ length: count }, (_, index) => this.connect(index > 0));
     let failure: unknown;
     await Promise.all(
       remotes.map(async (remote) => {
         try {
-          await remote.run({ next }, beforeWait);
+          await remote.run(() => shared.next(), beforeWait);
         } catch (error) {
           failure ??= error;
           for (const other of remotes) other.giveUp();
@@ -202,6 +196,46 @@ abstract class Transfer {
       }),
     );
     if (failure) throw failure;
+  }
+}
+
+/** Work that several connections take from, as it becomes known. */
+class Shared {
+  readonly #batches: AsyncIterator<Exchange[]>;
+  #ready: Exchange[] = [];
+  #at = 0;
+  #more: Promise<boolean> | undefined;
+
+  constructor(batches: AsyncIterator<Exchange[]>) {
+    this.#batches = batches;
+  }
+
+  /** At once where one is known; undefined at the end. */
+  next(): Exchange | undefined | Promise<Exchange | undefined> {
+    return this.#ready[this.#at] ? this.#ready[this.#at++] : this.#wait();
+  }
+
+  /** How many there are, if less than `limit`. */
+  async countUpTo(limit: number): Promise<number> {
+    while (this.#ready.length < limit && (await this.#fill()));
+    return Math.min(limit, this.#ready.length);
+  }
+
+  async #wait(): Promise<Exchange | undefined> {
+    while (!this.#ready[this.#at]) if (!(await this.#fill())) return undefined;
+    return this.#ready[this.#at++];
+  }
+
+  /** One more batch; several who ask for it at the same time get the same. False at the end. */
+  #fill(): Promise<boolean> {
+    this.#more ??= this.#batches.next().then(({ value, done }) => {
+      this.#more = undefined;
+      if (done) return false;
+      this.#ready = [...this.#ready.slice(this.#at), ...value];
+      this.#at = 0;
+      return true;
+    });
+    return this.#more;
   }
 }
 
@@ -222,6 +256,7 @@ class Download extends Transfer {
   /** What the server has, kept only where other things are to be removed. */
   readonly #seen: Set<string> | undefined;
   #entries = 0;
+  readonly #names: LocalNames;
   /** For checksums, since the list has its connection for itself. */
   readonly #other: Remote;
 
@@ -231,6 +266,7 @@ class Download extends Transfer {
     this.#local = local;
     this.name = (roots.length === 1 && basename(roots[0]!.path)) || basename(local);
     this.#seen = options.delete ? new Set() : undefined;
+    this.#names = new LocalNames(local);
     this.#other = this.connect();
   }
 
@@ -258,10 +294,10 @@ class Download extends Transfer {
     }
   }
 
-  /** A small file is whole; it gets its name with the next group. */
-  async add(upload: Upload, fetch: Fetch): Promise<void> {
+  /** A small file is whole; it gets its name with the next group. Something to wait for, once that is due. */
+  add(upload: Upload, fetch: Fetch): Promise<void> | undefined {
     this.#group.push({ upload, fetch });
-    if (this.#group.length >= MAX_GROUP) await this.commit();
+    return this.#group.length >= MAX_GROUP ? this.commit() : undefined;
   }
 
   /** Gives the files that wait their names, all together. */
@@ -273,8 +309,8 @@ class Download extends Transfer {
       const outcomes = await this.changes.apply(group.map(({ upload }) => upload));
       for (const [index, { fetch }] of group.entries()) {
         const outcome = outcomes[index];
-        if (outcome instanceof RepriseError) this.failures.add(localProblem(outcome));
-        else await fetch.isDone();
+        const said = outcome instanceof RepriseError ? this.failures.add(localProblem(outcome)) : fetch.isDone();
+        if (said) await said;
       }
     } finally {
       for (const { upload } of group) upload.close();
@@ -282,40 +318,63 @@ class Download extends Transfer {
   }
 
   /** Exchanges for what differs, while the lists still come. */
-  async *#plan(found: Item[]): AsyncGenerator<Exchange> {
-    for await (const item of this.#items(found)) {
-      try {
-        const exchange = await this.#consider(item);
-        if (exchange) yield exchange;
-      } catch (error) {
-        this.failures.add(error);
-      }
+  async *#plan(found: Item[]): AsyncGenerator<Exchange[]> {
+    for (const item of found) {
+      if (item.path !== "") yield this.#considerAll([item]);
+      if (item.kind === "folder") yield* this.#planBelow(item);
     }
     this.tally.isPlanned = true;
   }
 
-  async *#items(found: Item[]): AsyncGenerator<Item> {
-    for (const item of found) {
-      if (item.path !== "") yield item;
-      if (item.kind === "file") continue;
+  async *#planBelow(folder: Item): AsyncGenerator<Exchange[]> {
+    try {
+      for await (const entries of this.context.remote.listMany(folder.remote, true)) {
+        this.#entries += entries.length;
+        const items = entries.map((entry) => {
+          const { kind, size, mtime } = entry;
+          const path = remoteJoin(folder.path, entry.path);
+          return { kind, size, mtime, path, remote: remoteJoin(folder.remote, entry.path) };
+        });
+        yield this.#considerAll(items);
+      }
+    } catch (error) {
+      this.failures.add(error);
+    }
+  }
+
+  async #considerAll(items: Item[]): Promise<Exchange[]> {
+    const exchanges: Exchange[] = [];
+    for (const item of items) {
       try {
-        for await (const entry of this.context.remote.list(item.remote, true)) {
-          this.#entries++;
-          splitPath(entry.path);
-          yield { ...entry, path: remoteJoin(item.path, entry.path), remote: remoteJoin(item.remote, entry.path) };
-        }
+        const considered = this.#consider(item);
+        const exchange = considered instanceof Promise ? await considered : considered;
+        if (exchange) exchanges.push(exchange);
       } catch (error) {
         this.failures.add(error);
       }
     }
+    return exchanges;
   }
 
-  async #consider(item: Item): Promise<Exchange | undefined> {
+  /** At once for what is not there, which with many files is most. */
+  #consider(item: Item): Exchange | undefined | Promise<Exchange | undefined> {
+    splitPath(item.path);
     this.#seen?.add(item.path);
-    const file = this.fileOf(item.path);
     if (isUnfinished(item.path)) {
-      throw new RepriseError("local", `cannot write ${quote(file)}: such names are for unfinished transfers`);
+      const file = quote(this.fileOf(item.path));
+      throw new RepriseError("local", `cannot write ${file}: such names are for unfinished transfers`);
     }
+    const isNew = item.kind === "file" && !this.options.dryRun && !this.#names.has(item.path);
+    return isNew ? this.#fetch(item) : this.#compare(item);
+  }
+
+  #fetch(item: Item): Exchange {
+    this.plan(item.size);
+    return new Fetch(this, item, this.#names.has(item.path + LOG_SUFFIX));
+  }
+
+  async #compare(item: Item): Promise<Exchange | undefined> {
+    const file = this.fileOf(item.path);
     const here = lookLocally(file);
     if (here && here.kind !== item.kind) await this.#clear(item, file);
     const isThere = here?.kind === item.kind;
@@ -324,8 +383,8 @@ class Download extends Transfer {
       this.tally.unchanged++;
       return undefined;
     }
+    if (!this.options.dryRun) return this.#fetch(item);
     this.plan(item.size);
-    if (!this.options.dryRun) return new Fetch(this, item);
     await this.announce("get", item.remote, item.size);
     return undefined;
   }
@@ -373,6 +432,7 @@ class Download extends Transfer {
 class Fetch implements Exchange {
   readonly #tree: Download;
   readonly #item: Item;
+  readonly #isBegun: boolean;
   readonly #startedAt = performance.now();
   /** Of a large file, or of one that was begun earlier. */
   #part: PartFile | undefined;
@@ -380,23 +440,34 @@ class Fetch implements Exchange {
   /** What was there before. */
   #offset: number | undefined;
 
-  constructor(tree: Download, item: Item) {
+  /** `isBegun`: there is a log of an earlier attempt. */
+  constructor(tree: Download, item: Item, isBegun: boolean) {
     this.#tree = tree;
     this.#item = item;
+    this.#isBegun = isBegun;
   }
 
-  async open(): Promise<void> {
-    if (!this.#part && lookAt(this.#file + LOG_SUFFIX)) await this.#openPart();
+  open(): Promise<void> | undefined {
+    return this.#part || !this.#isBegun ? undefined : this.#openPart().then(() => {});
   }
 
-  ask(peer: Peer): Promise<void> {
+  ask(peer: Peer): Promise<void> | undefined {
     const { bytes: offset = 0, end, etag = "" } = this.#segment() ?? {};
     const length = end === undefined ? TO_THE_END : end - offset;
-    return peer.ask({ action: "get", path: this.#item.remote, offset, length, etag });
+    return peer.askNow({ action: "get", path: this.#item.remote, offset, length, etag });
   }
 
-  async take(peer: Peer): Promise<boolean> {
+  take(peer: Peer): Promise<boolean> | boolean {
+    const answer = peer.peekNow();
+    if (answer?.type !== "file") return this.#takeAnswer(peer);
+    peer.drop();
+    return this.#takeWhole(answer);
+  }
+
+  async #takeAnswer(peer: Peer): Promise<boolean> {
     try {
+      await peer.peek();
+      if (peer.peekNow()?.type === "file") return this.#takeWhole(await peer.expect("file"));
       const { kind, size, mtime, etag } = await peer.expect("meta");
       this.#meta = { kind, size, mtime, etag };
       this.#offset ??= this.#part?.bytes ?? 0;
@@ -418,7 +489,7 @@ class Fetch implements Exchange {
     this.#tree.failures.add(error);
   }
 
-  isDone(): Promise<void> {
+  isDone(): Promise<void> | undefined {
     return this.#tree.done(this.#item.remote, this.#file, this.#meta!, this.#offset!, this.#startedAt);
   }
 
@@ -436,6 +507,22 @@ class Fetch implements Exchange {
     const { server } = this.#tree.context;
     this.#part = await PartFile.open(this.#file, this.#item.remote, server, (text) => say("warn", text));
     return this.#part;
+  }
+
+  /** Content that came in one frame. */
+  #takeWhole({ kind, size, mtime, etag, content }: Meta & { content: Uint8Array }): Promise<boolean> | boolean {
+    if (this.#part) throw new RepriseError("bad_frame", "the server sends a whole file for a part");
+    this.#meta = { kind, size, mtime, etag };
+    this.#offset = 0;
+    const upload = this.#tree.changes.receive({ ...NEW_FILE, path: this.#item.path, size, mtime }, true);
+    try {
+      upload.write(content);
+    } catch (error) {
+      upload.close();
+      throw error;
+    }
+    this.#tree.moved(size);
+    return this.#tree.add(upload, this)?.then(() => false) ?? false;
   }
 
   async #takeSmall(peer: Peer, { size, mtime }: Meta): Promise<false> {
@@ -635,11 +722,15 @@ class TreeUpload extends Transfer {
       const path = this.pathOf(folder);
       return new ChangeExchange({ action: "mkdir", path, parents: true }, (error) => this.failures.add(error));
     });
-    if (exchanges.length > 0) await this.context.remote.run(exchanges.values());
+    if (exchanges.length > 0) await this.context.remote.run(exchanges);
   }
 
-  async *#exchanges(files: LocalItem[]): AsyncGenerator<Exchange> {
-    for (const item of files) yield item.size <= MAX_CONTENT_BYTES ? new Store(this, item) : new StoreLarge(this, item);
+  /** In batches, so that not every file has an object for all that is known of it from the start. */
+  async *#exchanges(files: LocalItem[]): AsyncGenerator<Exchange[]> {
+    for (let at = 0; at < files.length; at += MAX_GROUP) {
+      const some = files.slice(at, at + MAX_GROUP);
+      yield some.map((item) => (item.size <= MAX_WHOLE_BYTES ? new Store(this, item) : new StoreLarge(this, item)));
+    }
   }
 
   async #removeOthers(seen: Set<string>): Promise<void> {
@@ -655,7 +746,7 @@ class TreeUpload extends Transfer {
         exchanges.push(new ChangeExchange(request, (error) => this.failures.add(error)));
       }
     }
-    if (exchanges.length > 0) await this.context.remote.run(exchanges.values());
+    if (exchanges.length > 0) await this.context.remote.run(exchanges);
   }
 }
 
@@ -670,8 +761,8 @@ class Store implements Exchange {
   readonly #tree: TreeUpload;
   readonly #item: LocalItem;
   readonly #startedAt = performance.now();
-  /** A frame with room for its header; let go of once it is sent. */
-  #frame: Uint8Array | undefined;
+  /** Let go of once it is sent. */
+  #content: Uint8Array | undefined;
   #mtime = 0;
 
   constructor(tree: TreeUpload, item: LocalItem) {
@@ -679,34 +770,43 @@ class Store implements Exchange {
     this.#item = item;
   }
 
-  async open(): Promise<void> {
-    const { frame, mtime } = readSmall(this.#item.file);
-    this.#frame = frame;
+  open(): undefined {
+    const { content, mtime } = readSmall(this.#item.file);
+    this.#content = content;
     this.#mtime = mtime;
   }
 
-  async ask(peer: Peer): Promise<void> {
-    const frame = this.#frame!;
-    const put = { ...NEW_FILE, noClobber: this.#tree.options.noClobber };
+  ask(peer: Peer): Promise<void> | undefined {
+    const content = this.#content!;
+    this.#content = undefined;
+    const { noClobber } = this.#tree.options;
     const path = this.#tree.pathOf(this.#item.path);
-    await peer.ask({ ...put, path, size: frame.length - HEADER_BYTES, mtime: this.#mtime });
-    await peer.wholeContent(frame);
-    this.#frame = undefined;
-    this.#tree.moved(frame.length - HEADER_BYTES);
-    await peer.pace(frame.length);
+    const flushing = peer.askNow({ ...NEW_FILE, noClobber, path, size: content.length, mtime: this.#mtime, content });
+    this.#tree.moved(content.length);
+    const pace = peer.pace(content.length);
+    return flushing && pace ? Promise.all([flushing, pace]).then(() => {}) : (flushing ?? pace);
   }
 
-  async take(peer: Peer): Promise<boolean> {
-    const { kind, size, mtime, etag } = await peer.expect("meta");
-    peer.progress = true;
-    const { path, file } = this.#item;
-    const meta = { kind, size, mtime, etag };
-    await this.#tree.done(this.#tree.pathOf(path), file, meta, 0, this.#startedAt);
-    return false;
+  take(peer: Peer): Promise<boolean> | boolean {
+    const answer = peer.peekNow();
+    if (answer?.type !== "meta") return this.#takeLater(peer);
+    peer.drop();
+    return this.#isDone(peer, answer)?.then(() => false) ?? false;
   }
 
   failed(error: RepriseError): void {
     this.#tree.failures.add(error);
+  }
+
+  async #takeLater(peer: Peer): Promise<boolean> {
+    await this.#isDone(peer, await peer.expect("meta"));
+    return false;
+  }
+
+  #isDone(peer: Peer, { kind, size, mtime, etag }: Meta): Promise<void> | undefined {
+    peer.progress = true;
+    const { path, file } = this.#item;
+    return this.#tree.done(this.#tree.pathOf(path), file, { kind, size, mtime, etag }, 0, this.#startedAt);
   }
 }
 
@@ -815,7 +915,7 @@ async function lookRemotely(
   missing?: (error: RepriseError) => void,
 ): Promise<Item[]> {
   const looks = roots.map((root) => new Look(root));
-  await remote.run(looks.values());
+  await remote.run([...looks]);
   return looks.flatMap(({ item, error }) => {
     if (item) return item;
     if (missing) missing(error!);
@@ -878,6 +978,7 @@ class LocalFolder {
       this.changes = openChanges(path, {
         staging: this.#staging,
         wrap: (error, name) => asLocal(error, join(path, name)),
+        versions: false,
       });
     } catch (error) {
       throw asLocal(error, path);
@@ -896,6 +997,39 @@ function sweepStaging(folder: string): void {
   for (const name of readdirSync(folder)) {
     const pid = /^\.reprise-(\d+)-[0-9a-f]+$/.exec(name)?.[1];
     if (pid && !isRunning(Number(pid))) rmSync(join(folder, name), { recursive: true, force: true });
+  }
+}
+
+/** The names in a folder's folders, each read once: most files need no look of their own. */
+class LocalNames {
+  readonly #root: string;
+  readonly #known = new Map<string, Set<string>>();
+
+  constructor(root: string) {
+    this.#root = root;
+  }
+
+  has(path: string): boolean {
+    const slash = path.lastIndexOf("/");
+    return this.#in(path.slice(0, Math.max(0, slash))).has(path.slice(slash + 1));
+  }
+
+  #in(folder: string): Set<string> {
+    const known = this.#known.get(folder);
+    if (known) return known;
+    if (this.#known.size >= MAX_KNOWN_FOLDERS) this.#known.clear();
+    const names = readNames(join(this.#root, folder));
+    this.#known.set(folder, names);
+    return names;
+  }
+}
+
+/** None where there is no such folder: making it says why. */
+function readNames(folder: string): Set<string> {
+  try {
+    return new Set(readdirSync(folder));
+  } catch {
+    return new Set();
   }
 }
 
@@ -942,8 +1076,8 @@ function namesIn(folder: string, failures: Failures): string[] {
   }
 }
 
-/** A small file's content, with room for a header before it. Throws `local`, also if it changes meanwhile. */
-function readSmall(file: string): { frame: Uint8Array; mtime: number } {
+/** A small file's content. Throws `local`, also if it changes meanwhile. */
+function readSmall(file: string): { content: Uint8Array; mtime: number } {
   let fd: number;
   try {
     fd = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK | constants.O_NOFOLLOW);
@@ -953,12 +1087,13 @@ function readSmall(file: string): { frame: Uint8Array; mtime: number } {
   try {
     const before = fstatSync(fd, { bigint: true });
     const size = Number(before.size);
-    if (!before.isFile() || size > MAX_CONTENT_BYTES) throw new SourceChanged(file);
-    const frame = new Uint8Array(HEADER_BYTES + size);
-    const count = size === 0 ? 0 : readSync(fd, frame, HEADER_BYTES, size, 0);
-    const after = fstatSync(fd, { bigint: true });
-    if (count < size || after.size !== before.size || after.mtimeNs !== before.mtimeNs) throw new SourceChanged(file);
-    return { frame, mtime: Number(after.mtimeNs / 1000n) };
+    if (!before.isFile() || size > MAX_WHOLE_BYTES) throw new SourceChanged(file);
+    // One byte more would show that it has grown.
+    const content = Buffer.allocUnsafe(size + 1);
+    if (readSync(fd, content, 0, size + 1, 0) !== size) throw new SourceChanged(file);
+    const mtime = Number(before.mtimeNs / 1000n);
+    if (fstatSync(fd, { bigint: true }).mtimeNs !== before.mtimeNs) throw new SourceChanged(file);
+    return { content: content.subarray(0, size), mtime };
   } catch (error) {
     throw asLocalSource(error, file);
   } finally {
