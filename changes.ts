@@ -85,7 +85,7 @@ export class Changes {
   readonly #inMemory: boolean;
   readonly #wrap: Wrap;
   readonly #versions: boolean;
-  readonly #anonymous = `new-${process.pid}-${randomUUID()}`;
+  readonly #anonymous = `new-${process.pid}-${randomUUID().slice(0, 8)}`;
   #count = 0;
 
   constructor(root: number, staging: number, wrap: Wrap, versions: boolean) {
@@ -107,7 +107,7 @@ export class Changes {
     if (put.id !== "" && !/^[0-9a-f]{32}$/.test(put.id)) throw new RepriseError("refused", "refused: not an upload id");
     const name = put.id === "" ? `${this.#anonymous}-${++this.#count}` : `put-${put.id}`;
     try {
-      return Upload.open(put, `${this.#staging}/${name}`, this.#wrap);
+      return Upload.open(put, { folder: this.#stagingFd, name, path: `${this.#staging}/${name}` }, this.#wrap);
     } catch (error) {
       throw this.#wrap(error, put.path);
     }
@@ -225,7 +225,7 @@ export class Changes {
   #check(put: Put): Stats | undefined {
     const folders = new Folders(this.#root);
     try {
-      return checkTarget(put, folders.parentOf(put.path).place);
+      return checkTarget(put, folders.parentOf(put.path).path);
     } finally {
       folders.close();
     }
@@ -233,20 +233,20 @@ export class Changes {
 
   #place(upload: Upload, folders: Folders): Meta {
     const { request, staged, fd } = upload;
-    const { place, folder } = folders.parentOf(request.path);
+    const place = folders.parentOf(request.path);
     if (request.etag !== "" || !renameIfNew(staged, place)) {
-      const target = checkTarget(request, place);
+      const target = checkTarget(request, place.path);
       // Who may read a file does not change with its content.
       if (target) fchmodSync(fd, Number(target.mode) & 0o777);
-      renameSync(staged, place);
+      renameSync(staged.path, place.path);
     }
     upload.placed = true;
-    folders.touch(folder);
+    folders.touch(place.folder);
     return this.#versions ? metaOf(fstatSync(fd, { bigint: true }), request.path) : { ...request, kind: "file" };
   }
 
   #remove(path: string, recursive: boolean, folders: Folders): undefined {
-    const { place, folder } = folders.parentOf(path);
+    const { path: place, folder } = folders.parentOf(path);
     const target = lookAt(place);
     if (!target) throw new RepriseError("not_found", `not found: ${quote(path)}`);
     folders.touch(folder);
@@ -264,13 +264,13 @@ export class Changes {
   #move(path: string, to: string, overwrite: boolean, folders: Folders): undefined {
     const from = folders.parentOf(path);
     const target = folders.parentOf(to);
-    const source = lookAt(from.place);
+    const source = lookAt(from.path);
     if (!source) throw new RepriseError("not_found", `not found: ${quote(path)}`);
     metaOf(source, path);
-    const there = lookAt(target.place);
+    const there = lookAt(target.path);
     if (there?.isDirectory() && !source.isDirectory()) throw notAFile(to);
-    if (overwrite) renameSync(from.place, target.place);
-    else if (!renameIfNew(from.place, target.place)) throw exists(to);
+    if (overwrite) renameSync(from.path, target.path);
+    else if (!renameIfNew(from, target)) throw exists(to);
     folders.touch(from.folder);
     folders.touch(target.folder);
     folders.forget();
@@ -281,7 +281,7 @@ export class Changes {
     const first = parents ? 1 : segments.length;
     if (segments.length === 0 && !parents) throw exists(path);
     for (let depth = first; depth <= segments.length; depth++) {
-      const { place, folder } = folders.parentOf(segments.slice(0, depth).join("/"));
+      const { path: place, folder } = folders.parentOf(segments.slice(0, depth).join("/"));
       const there = lookAt(place);
       if (there && !parents) throw exists(path);
       if (there && !there.isDirectory()) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
@@ -296,27 +296,28 @@ export class Changes {
 export class Upload {
   readonly action = "put";
   readonly request: Put;
-  readonly staged: string;
+  readonly staged: Place;
   readonly fd: number;
   readonly #queue: WriteQueue;
   readonly #wrap: Wrap;
   /** It has its name: nothing is staged any more. */
   placed = false;
 
-  static open(request: Put, staged: string, wrap: Wrap): Upload {
+  static open(request: Put, staged: Place, wrap: Wrap): Upload {
     // A name that nobody else can have needs no lock.
-    if (request.id === "") return new Upload(request, staged, openSync(staged, NEW_FLAGS, 0o666), wrap);
-    const fd = openLocked(staged);
-    if (fstatSync(fd).size < request.offset) {
-      unlock(fd, staged);
+    if (request.id === "") return new Upload(request, staged, create(staged), wrap);
+    const fd = openLocked(staged.path);
+    const { size } = fstatSync(fd);
+    if (size < request.offset) {
+      if (size === 0) removeIfThere(staged.path);
+      unlock(fd, staged.path);
       closeSync(fd);
-      if (request.offset > 0) removeIfThere(staged);
       throw new RepriseError("bad_range", `the server does not hold ${request.offset} bytes of ${quote(request.path)}`);
     }
     return new Upload(request, staged, fd, wrap);
   }
 
-  private constructor(request: Put, staged: string, fd: number, wrap: Wrap) {
+  private constructor(request: Put, staged: Place, fd: number, wrap: Wrap) {
     this.#wrap = wrap;
     this.request = request;
     this.staged = staged;
@@ -361,19 +362,32 @@ export class Upload {
 
   /** Forgets what is staged. */
   drop(): void {
-    if (!this.placed) removeIfThere(this.staged);
+    if (!this.placed) removeIfThere(this.staged.path);
     this.placed = true;
   }
 
   /** Lets go of it; what is staged stays for an upload that can go on. */
   close(): void {
     if (this.request.id === "") this.drop();
-    else unlock(this.fd, this.staged);
+    else unlock(this.fd, this.staged.path);
     closeSync(this.fd);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------- names
+
+/** A name in an open folder; `path` says the same in one. */
+interface Place {
+  folder: number;
+  name: string;
+  path: string;
+}
+
+function create({ folder, name, path }: Place): number {
+  const fd = libc()?.createAt(folder, name, 0o666) ?? -1;
+  // The plain way says why it is not possible.
+  return fd >= 0 ? fd : openSync(path, NEW_FLAGS, 0o666);
+}
 
 /** The folders that a group of changes has to do with, each opened once. */
 class Folders {
@@ -387,13 +401,13 @@ class Folders {
   }
 
   /** The folder that a name is in, and the name as a path beneath its descriptor. Throws `not_found`, `bad_name`, `refused`. */
-  parentOf(path: string): { folder: number; place: string } {
+  parentOf(path: string): Place {
     const segments = splitPath(path);
     const name = segments.pop();
     if (name === undefined) throw refused("the served folder itself cannot be changed");
     if ([name, ...segments].some(isHidden)) throw refused(`${quote(path)} is a name that the server keeps to itself`);
     const folder = this.#folder(segments.join("/"), path);
-    return { folder, place: `${beneath(folder)}/${name}` };
+    return { folder, name, path: `${beneath(folder)}/${name}` };
   }
 
   touch(folder: number): void {
@@ -464,12 +478,12 @@ function checkTarget({ path, noClobber, etag }: Put, place: string): Stats {
 }
 
 /** rename(2) that never replaces; false where something has the name. */
-function renameIfNew(from: string, to: string): boolean {
-  if (libc()?.renameNew(from, to) === 0) return true;
+function renameIfNew(from: Place, to: Place): boolean {
+  if (libc()?.renameNew(from.folder, from.name, to.folder, to.name) === 0) return true;
   // Not there, not known to the file system, or refused: a look and a plain rename say which. Without the call, the lock
   // keeps at least other clients from coming between.
-  if (lookAt(to)) return false;
-  renameSync(from, to);
+  if (lookAt(to.path)) return false;
+  renameSync(from.path, to.path);
   return true;
 }
 

@@ -5,6 +5,7 @@
  * answers whether the call is there. `REPRISE_FFI=0` in the environment switches all of it off.
  */
 import type { Pointer } from "bun:ffi";
+import { constants } from "node:fs";
 
 export interface Libc {
   /** sendfile(2): bytes sent, or -errno. */
@@ -22,8 +23,10 @@ export interface Libc {
   waitReadable(socket: number, ms: number): boolean;
   /** sync_file_range(2): sets going that the file's content is written to disk, and waits for nothing. */
   startWriting(file: number): void;
-  /** renameat2(2) with RENAME_NOREPLACE, on whole paths: 0 or -errno. */
-  renameNew(from: string, to: string): number;
+  /** openat(2) of a new file to read and write: a descriptor, or -errno. */
+  createAt(folder: number, name: string, mode: number): number;
+  /** renameat2(2) with RENAME_NOREPLACE: 0 or -errno. */
+  renameNew(fromFolder: number, from: string, toFolder: number, to: string): number;
   /** isatty(3). */
   isTerminal(file: number): boolean;
 }
@@ -75,7 +78,8 @@ const RWF_NOWAIT = 0x8;
 /** As the low half of pollfd's second word, whose high half the kernel fills in. */
 const POLLIN = 1;
 const SYNC_FILE_RANGE_WRITE = 2;
-const AT_FDCWD = -100;
+/** O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC */
+const O_NEW = 0o2 | 0o100 | 0o200 | constants.O_NOFOLLOW | 0o2000000;
 const RENAME_NOREPLACE = 1;
 const LOCK_EX_NB = 2 | 4;
 const LOCK_UN = 8;
@@ -131,6 +135,7 @@ function bind(name: string): Libc {
     flock: { args: [i32, i32], returns: i32 },
     poll: { args: [ptr, u64, i32], returns: i32 },
     sync_file_range: { args: [i32, i64, i64, u32], returns: i32 },
+    openat: { args: [i32, ptr, i32, u32], returns: i32 },
     renameat2: { args: [i32, ptr, i32, ptr, u32], returns: i32 },
     isatty: { args: [i32], returns: i32 },
     __errno_location: { args: [], returns: ptr },
@@ -162,7 +167,9 @@ function bind(name: string): Libc {
       return c.poll(pollfd, 1, ms) > 0;
     },
     startWriting: (file) => void c.sync_file_range(file, 0, 0, SYNC_FILE_RANGE_WRITE),
-    renameNew: (from, to) => orErrno(c.renameat2(AT_FDCWD, cString(from), AT_FDCWD, cString(to, 1), RENAME_NOREPLACE)),
+    createAt: (folder, name, mode) => orErrno(c.openat(folder, cString(name), O_NEW, mode)),
+    renameNew: (fromFolder, from, toFolder, to) =>
+      orErrno(c.renameat2(fromFolder, cString(from), toFolder, cString(to, 1), RENAME_NOREPLACE)),
     isTerminal: (file) => c.isatty(file) === 1,
   };
 }

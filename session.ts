@@ -576,13 +576,21 @@ export function log(settings: Pick<Settings, "log" | "worker">, fields: LogField
   const { event, peer, path, offset, bytes, ms, status } = fields;
   const { worker } = settings;
   if (settings.log === "json") {
-    const time = new Date().toISOString();
-    writeLine(toJson({ time, event, peer, worker, path, offset, bytes, ms, status }));
+    writeLine(toJson({ time: timeNow(), event, peer, worker, path, offset, bytes, ms, status }));
     return;
   }
   const what = path === undefined ? event : `${event} ${quote(path)}`;
   const figures = bytes === undefined ? "" : ` from ${offset ?? 0}: ${bytes} bytes in ${ms} ms`;
   say("info", `${new Date().toLocaleTimeString("en-GB")} [${worker}] ${peer ?? "-"} ${what}${figures}, ${status}`);
+}
+
+let lastTime = { at: 0, text: "" };
+
+/** The time as text, made once for all lines of a millisecond. */
+function timeNow(): string {
+  const at = Date.now();
+  if (at !== lastTime.at) lastTime = { at, text: new Date(at).toISOString() };
+  return lastTime.text;
 }
 
 let lines = "";
