@@ -225,6 +225,7 @@ export class Changes {
   #check(put: Put): Stats | undefined {
     const folders = new Folders(this.#root);
     try {
+      if (put.parents) this.#makeParents(put.path, folders);
       return checkTarget(put, folders.parentOf(put.path).path);
     } finally {
       folders.close();
@@ -233,6 +234,7 @@ export class Changes {
 
   #place(upload: Upload, folders: Folders): Meta {
     const { request, staged, fd } = upload;
+    if (request.parents) this.#makeParents(request.path, folders);
     const place = folders.parentOf(request.path);
     if (request.etag !== "" || !renameIfNew(staged, place)) {
       const target = checkTarget(request, place.path);
@@ -243,6 +245,11 @@ export class Changes {
     upload.placed = true;
     folders.touch(place.folder);
     return this.#versions ? metaOf(fstatSync(fd, { bigint: true }), request.path) : { ...request, kind: "file" };
+  }
+
+  #makeParents(path: string, folders: Folders): void {
+    const parent = path.slice(0, Math.max(0, path.lastIndexOf("/")));
+    if (parent !== "" && !folders.has(parent)) this.#makeFolder(parent, true, folders);
   }
 
   #remove(path: string, recursive: boolean, folders: Folders): undefined {
@@ -408,6 +415,11 @@ class Folders {
     if ([name, ...segments].some(isHidden)) throw refused(`${quote(path)} is a name that the server keeps to itself`);
     const folder = this.#folder(segments.join("/"), path);
     return { folder, name, path: `${beneath(folder)}/${name}` };
+  }
+
+  /** Whether a folder was met already, and so is there. */
+  has(path: string): boolean {
+    return this.#known.has(path);
   }
 
   touch(folder: number): void {

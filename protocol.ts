@@ -28,7 +28,8 @@
  *              0x13  STATUS    to server  empty
  *              0x1f  QUIT      to server  empty
  *              0x20  PUT       to server  offset u64, size u64 (2^53-1: not known), mtime i64, flags u8 (1: only if
- *                                         nothing has the name; 2: with content), id str, etag str, path str, content
+ *                                         nothing has the name; 2: with content; 4: with the folders above it), id str,
+ *                                         etag str, path str, content
  *              0x21  REMOVE    to server  flags u8 (1: a folder with all that is in it), path str
  *              0x22  MOVE      to server  flags u8 (1: in place of what has the name), path str, new path str
  *              0x23  MKDIR     to server  flags u8 (1: with the folders above it, also if it is there), path str
@@ -254,6 +255,8 @@ export interface Put {
   mtime: number;
   /** Only if nothing has the name yet. */
   noClobber: boolean;
+  /** Makes the folders above it, where they are not there. */
+  parents: boolean;
   /** Only in place of this version; "" for any. */
   etag: string;
   /** All of it, where it travels in the same frame. */
@@ -463,14 +466,15 @@ function encodePut(put: Put): Uint8Array {
   return (put.content ? frame.raw(put.content) : frame).done();
 }
 
-function putFields({ offset, size, mtime, noClobber, id, etag, path, content }: Put): Writer {
-  const flags = (noClobber ? PUT_NO_CLOBBER : 0) | (content ? PUT_WITH_CONTENT : 0);
+function putFields({ offset, size, mtime, noClobber, parents, id, etag, path, content }: Put): Writer {
+  const flags = (noClobber ? PUT_NO_CLOBBER : 0) | (content ? PUT_WITH_CONTENT : 0) | (parents ? PUT_PARENTS : 0);
   const frame = new Writer(FrameType.PUT).u64(offset).u64(size).i64(mtime).u8(flags);
   return frame.str(id).str(etag, MAX_ETAG_BYTES).str(path);
 }
 
 const PUT_NO_CLOBBER = 1;
 const PUT_WITH_CONTENT = 2;
+const PUT_PARENTS = 4;
 
 /** [handshake] version u16, software str. */
 export function encodeWelcome(software: string): Uint8Array {
@@ -691,7 +695,8 @@ function readPut(reader: Reader): Put {
   const [id, etag, path] = [reader.str(), reader.str(MAX_ETAG_BYTES), reader.str()];
   const content = flags & PUT_WITH_CONTENT ? reader.rest() : undefined;
   if (content && (offset !== 0 || content.length !== size)) throw badFrame("a PUT with other content than it says");
-  return { action: "put", offset, size, mtime, noClobber: (flags & PUT_NO_CLOBBER) !== 0, id, etag, path, content };
+  const [noClobber, parents] = [(flags & PUT_NO_CLOBBER) !== 0, (flags & PUT_PARENTS) !== 0];
+  return { action: "put", offset, size, mtime, noClobber, parents, id, etag, path, content };
 }
 
 /** [put] A frame behind PUT. Throws `bad_frame`. Content is the payload itself, not a copy. */

@@ -39,8 +39,8 @@ const FIRST_RETRY_MS = 200;
 const LAST_RETRY_MS = 10_000;
 /** In the middle of a large frame the process waits this long for the rest of it before others get their turn. */
 const DIRECT_WAIT_MS = 1;
-/** Requests that are under way on one connection at a time. */
-const MAX_UNDER_WAY = 1024;
+/** Requests that are under way on one connection at a time: at 100 ms of round trip, for 40,000 small files a second. */
+const MAX_UNDER_WAY = 4096;
 /** As END's count: what was sent before is not to be used. */
 const GIVEN_UP = Number.MAX_SAFE_INTEGER;
 /** At a limited rate, so many chunks a second. */
@@ -86,7 +86,7 @@ export interface Exchange {
 export type Supply = () => Promise<Exchange | undefined> | Exchange | undefined;
 
 /** What an upload is to become, and under which condition. */
-export type PutOptions = Pick<Put, "path" | "id" | "noClobber" | "etag">;
+export type PutOptions = Pick<Put, "path" | "id" | "noClobber" | "etag" | "parents">;
 
 export interface UploadHooks {
   begin?(size: number, offset: number): void;

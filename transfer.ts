@@ -281,7 +281,7 @@ async function putStream(
   const name = file === "-" ? "standard input" : file;
   const fd = file === "-" ? 0 : await openForReading(file);
   const source = new StreamSource(fd, name, settings.expected);
-  const options = { path, id: newId(), noClobber: settings.noClobber, etag: settings.etag };
+  const options = { path, id: newId(), noClobber: settings.noClobber, etag: settings.etag, parents: false };
   const meta = await withProgress(basename(path), (hooks) =>
     context.remote.upload(options, source, {
       begin: (size, offset) => hooks.begin({ size }, offset),
@@ -313,7 +313,7 @@ async function ifPut(remote: Remote, source: FileSource, path: string): Promise<
 async function putFile(
   context: Context,
   source: FileSource,
-  options: Omit<PutOptions, "id">,
+  options: Pick<PutOptions, "path" | "noClobber" | "etag">,
   log: UploadLog,
 ): Promise<{ meta: Meta; offset: number }> {
   // What travels in one frame is not worth a log.
@@ -321,7 +321,7 @@ async function putFile(
   const resumes = isLogged && log.resumes(source);
   let start = Number.POSITIVE_INFINITY;
   const { path, noClobber, etag } = options;
-  const put = { path, noClobber, etag, id: isLogged ? log.id : "" };
+  const put = { path, noClobber, etag, parents: false, id: isLogged ? log.id : "" };
   try {
     const meta = await withProgress(basename(options.path), (hooks) =>
       context.remote.upload(

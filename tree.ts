@@ -106,6 +106,8 @@ export function putAll(context: Context, roots: LocalRoot[], path: string, optio
   return new TreeUpload(context, roots, path, options).run();
 }
 
+type Known = { kind: EntryKind | "other"; size: number; mtime: number };
+
 /** What both directions have in common: sharing the work out, counting, saying. */
 abstract class Transfer {
   readonly context: Context;
@@ -152,6 +154,15 @@ abstract class Transfer {
   moved(bytes: number): void {
     this.tally.bytes += bytes;
     this.#line?.update();
+  }
+
+  /** Whether what is there already needs nothing: a folder, or a file that is left as it is or the same. */
+  protected isLeft(item: Known, there: Known | undefined): boolean {
+    if (item.kind !== there?.kind) return false;
+    if (item.kind === "folder") return true;
+    const isLeft = this.options.noClobber || (!this.options.checksum && isSame(item, there));
+    if (isLeft) this.tally.unchanged++;
+    return isLeft;
   }
 
   protected isMeant(kind: EntryKind, path: string): boolean {
@@ -258,7 +269,7 @@ class Download extends Transfer {
   #entries = 0;
   readonly #names: LocalNames;
   /** For checksums, since the list has its connection for itself. */
-  readonly #other: Remote;
+  #other: Remote | undefined;
 
   constructor(context: Context, roots: RemoteRoot[], local: string, options: TreeOptions) {
     super(context, options);
@@ -267,7 +278,6 @@ class Download extends Transfer {
     this.name = (roots.length === 1 && basename(roots[0]!.path)) || basename(local);
     this.#seen = options.delete ? new Set() : undefined;
     this.#names = new LocalNames(local);
-    this.#other = this.connect();
   }
 
   get changes(): Changes {
@@ -279,7 +289,7 @@ class Download extends Transfer {
   }
 
   protected async work(): Promise<void> {
-    const known = await lookRemotely(this.#other, this.#roots, (error) => this.failures.add(error));
+    const known = await lookRemotely(this.context.remote, this.#roots, (error) => this.failures.add(error));
     const found = known.filter(({ kind, remote }) => this.isMeant(kind, remote || "/"));
     if (found.length === 0) return;
     if (!this.options.dryRun) this.#folder = new LocalFolder(this.#local);
@@ -289,7 +299,7 @@ class Download extends Transfer {
       if (this.options.delete) await this.#removeOthers();
     } finally {
       for (const { upload } of this.#group) upload.close();
-      this.#other.close();
+      this.#other?.close();
       await this.#folder?.leave();
     }
   }
@@ -364,8 +374,10 @@ class Download extends Transfer {
       const file = quote(this.fileOf(item.path));
       throw new RepriseError("local", `cannot write ${file}: such names are for unfinished transfers`);
     }
-    const isNew = item.kind === "file" && !this.options.dryRun && !this.#names.has(item.path);
-    return isNew ? this.#fetch(item) : this.#compare(item);
+    const here = this.#names.has(item.path) ? lookLocally(this.fileOf(item.path)) : undefined;
+    if (this.isLeft(item, here)) return undefined;
+    const isNew = item.kind === "file" && !this.options.dryRun && !here;
+    return isNew ? this.#fetch(item) : this.#compare(item, here);
   }
 
   #fetch(item: Item): Exchange {
@@ -373,13 +385,11 @@ class Download extends Transfer {
     return new Fetch(this, item, this.#names.has(item.path + LOG_SUFFIX));
   }
 
-  async #compare(item: Item): Promise<Exchange | undefined> {
+  async #compare(item: Item, here: Known | undefined): Promise<Exchange | undefined> {
     const file = this.fileOf(item.path);
-    const here = lookLocally(file);
     if (here && here.kind !== item.kind) await this.#clear(item, file);
-    const isThere = here?.kind === item.kind;
-    if (item.kind === "folder") return isThere ? undefined : this.#makeFolder(item.path);
-    if (isThere && (this.options.noClobber || (await this.#isSame(item, here, file)))) {
+    if (item.kind === "folder") return this.#makeFolder(item.path);
+    if (here?.kind === "file" && (await this.#hasSameContent(item, here, file))) {
       this.tally.unchanged++;
       return undefined;
     }
@@ -407,9 +417,10 @@ class Download extends Transfer {
     if (outcome instanceof RepriseError) throw localProblem(outcome);
   }
 
-  async #isSame(item: Item, here: { size: number; mtime: number }, file: string): Promise<boolean> {
-    if (!this.options.checksum) return isSame(item, here);
-    return item.size === here.size && sameContent(await this.#other.sums(item.remote), file);
+  async #hasSameContent(item: Item, here: Known, file: string): Promise<boolean> {
+    if (!this.options.checksum || item.size !== here.size) return false;
+    this.#other ??= this.connect();
+    return sameContent(await this.#other.sums(item.remote), file);
   }
 
   async #removeOthers(): Promise<void> {
@@ -589,9 +600,14 @@ async function skip(peer: Peer, bytes: number, problem: RepriseError): Promise<v
 
 // ---------------------------------------------------------------------------------------------------- upload
 
-/** What is to go: its path is relative to the folder on the server, `file` is where it is here. */
+/** What is to go: its path is relative to the folder on the server, and begins with its root's name. */
 interface LocalItem extends LocalEntry {
-  file: string;
+  root: LocalRoot;
+}
+
+/** Where it is here; not kept, since a hundred thousand such names take more memory than all the rest. */
+function fileOf({ path, root }: LocalItem): string {
+  return path === root.name ? root.file : join(root.file, path.slice(root.name === "" ? 0 : root.name.length + 1));
 }
 
 class TreeUpload extends Transfer {
@@ -600,12 +616,16 @@ class TreeUpload extends Transfer {
   protected readonly name: string;
   /** What the server has, by path. */
   readonly #there = new Map<string, Entry>();
+  /** What is here, kept only where other things are to be removed. */
+  readonly #seen: Set<string> | undefined;
+  #isRootThere = false;
   #leftOut = 0;
 
   constructor(context: Context, roots: LocalRoot[], path: string, options: TreeOptions) {
     super(context, options);
     this.#roots = roots;
     this.#path = path;
+    this.#seen = options.delete ? new Set() : undefined;
     this.name = (roots.length === 1 && basename(roots[0]!.file)) || basename(path);
   }
 
@@ -614,47 +634,71 @@ class TreeUpload extends Transfer {
   }
 
   protected async work(): Promise<void> {
-    const { folders, files, seen } = await this.#plan();
-    if (this.options.delete && seen.size === 0 && !this.options.force) throw emptySource(this.#roots[0]!.file, "here");
-    if (!this.options.dryRun) {
-      await this.#makeFolders(folders);
-      await this.share(this.#exchanges(files));
-    }
-    if (this.options.delete) await this.#removeOthers(seen);
+    const roots = this.#findRoots();
+    await this.#look(roots);
+    await this.share(this.#plan(roots));
+    if (this.#seen) await this.#removeOthers(this.#seen);
     if (this.#leftOut > 0) say("warn", `${this.#leftOut} links, devices and unfinished transfers were left out`);
   }
 
-  async #plan(): Promise<{ folders: string[]; files: LocalItem[]; seen: Set<string> }> {
-    const roots = this.#findRoots();
-    const folders = await this.#look(roots);
-    const files: LocalItem[] = [];
-    const seen = new Set<string>();
+  /** Exchanges for what differs, while the folders are still being looked through. */
+  async *#plan(roots: LocalItem[]): AsyncGenerator<Exchange[]> {
+    let exchanges: Exchange[] = [];
     for (const item of this.#items(roots)) {
       try {
-        splitPath(this.pathOf(item.path));
-        seen.add(item.path);
-        const there = this.#there.get(item.path);
-        if (there && there.kind !== item.kind) await this.#clear(there, item);
-        const isThere = there?.kind === item.kind;
-        if (item.kind === "folder") isThere || folders.push(item.path);
-        else if (isThere && (this.options.noClobber || (await this.#isSame(item, there)))) this.tally.unchanged++;
-        else files.push(item);
+        const considered = this.#consider(item);
+        const exchange = considered instanceof Promise ? await considered : considered;
+        if (exchange) exchanges.push(exchange);
       } catch (error) {
         this.failures.add(error);
       }
+      if (exchanges.length < MAX_GROUP) continue;
+      yield exchanges;
+      exchanges = [];
     }
-    await this.#announceAll(folders, files);
     this.tally.isPlanned = true;
-    return { folders, files, seen };
+    yield exchanges;
+  }
+
+  /** At once for what the server does not have, which with many files is most. */
+  #consider(item: LocalItem): Exchange | undefined | Promise<Exchange | undefined> {
+    splitPath(this.pathOf(item.path));
+    if (item.path !== "") this.#seen?.add(item.path);
+    const there = this.#there.get(item.path);
+    if (this.isLeft(item, there)) return undefined;
+    return there || this.options.dryRun ? this.#compare(item) : this.#store(item);
+  }
+
+  async #compare(item: LocalItem): Promise<Exchange | undefined> {
+    const there = this.#there.get(item.path);
+    if (there && there.kind !== item.kind) await this.#clear(there, item);
+    if (there?.kind === "file" && item.kind === "file" && (await this.#hasSameContent(item, there))) {
+      this.tally.unchanged++;
+      return undefined;
+    }
+    if (!this.options.dryRun) return this.#store(item);
+    if (item.kind === "file") this.plan(item.size);
+    await this.announce(item.kind === "folder" ? "mkdir" : "put", this.pathOf(item.path), item.size);
+    return undefined;
+  }
+
+  #store(item: LocalItem): Exchange {
+    if (item.kind === "folder") {
+      const request = { action: "mkdir", path: this.pathOf(item.path), parents: true } as const;
+      return new ChangeExchange(request, (error) => this.failures.add(error));
+    }
+    this.plan(item.size);
+    return item.size <= MAX_WHOLE_BYTES ? new Store(this, item) : new StoreLarge(this, item);
   }
 
   /** A link that is named is followed, as it is in a shell. */
   #findRoots(): LocalItem[] {
-    return this.#roots.flatMap(({ file, name }) => {
+    return this.#roots.flatMap((root) => {
+      const { file, name } = root;
       const stat = statSync(file, { bigint: true, throwIfNoEntry: false });
       const kind = stat?.isFile() ? "file" : stat?.isDirectory() ? "folder" : undefined;
       if (kind && !this.isMeant(kind, file)) return [];
-      if (stat && kind) return { path: name, file, kind, size: Number(stat.size), mtime: Number(stat.mtimeNs / 1000n) };
+      if (stat && kind) return { path: name, root, kind, size: Number(stat.size), mtime: Number(stat.mtimeNs / 1000n) };
       const what = stat ? "neither a file nor a folder" : "it is not there";
       this.failures.add(new RepriseError("local", `cannot send ${quote(file)}: ${what}`));
       return [];
@@ -662,17 +706,20 @@ class TreeUpload extends Transfer {
   }
 
   *#items(roots: LocalItem[]): Generator<LocalItem> {
-    for (const root of roots) {
-      if (root.path !== "") yield root;
-      if (root.kind === "file") continue;
+    for (const item of roots) {
+      const { path, root, kind } = item;
+      // The folder itself as well: it may be empty, and not there.
+      if (path !== "" || !this.#isRootThere) yield item;
+      if (kind === "file") continue;
       for (const entry of walk(root.file, undefined, () => this.#leftOut++, this.failures)) {
-        yield { ...entry, path: remoteJoin(root.path, entry.path), file: join(root.file, entry.path) };
+        entry.path = remoteJoin(path, entry.path);
+        yield Object.assign(entry, { root });
       }
     }
   }
 
-  /** Learns what the server has of it; returns what has to be made first. */
-  async #look(roots: LocalItem[]): Promise<string[]> {
+  /** Learns what the server has of it. */
+  async #look(roots: LocalItem[]): Promise<void> {
     const wanted = roots.map(({ path }) => ({ path: this.pathOf(path), name: path }));
     for (const entry of await lookRemotely(this.context.remote, wanted)) {
       this.#there.set(entry.path, entry);
@@ -683,23 +730,12 @@ class TreeUpload extends Transfer {
         this.#there.set(path, { ...below, path });
       }
     }
-    const whole = roots.find(({ path }) => path === "");
-    if (whole && !this.#there.has("")) return [""];
-    this.#there.delete("");
-    return [];
+    this.#isRootThere = this.#there.delete("");
   }
 
-  async #announceAll(folders: string[], files: LocalItem[]): Promise<void> {
-    for (const { size } of files) this.plan(size);
-    if (!this.options.dryRun) return;
-    for (const path of folders) await this.announce("mkdir", this.pathOf(path));
-    for (const { path, size } of files) await this.announce("put", this.pathOf(path), size);
-  }
-
-  async #isSame(item: LocalItem, there: Entry): Promise<boolean> {
-    if (!this.options.checksum) return isSame(item, there);
-    if (item.size !== there.size) return false;
-    return sameContent(await this.context.remote.sums(this.pathOf(item.path)), item.file);
+  async #hasSameContent(item: LocalItem, there: Entry): Promise<boolean> {
+    if (!this.options.checksum || item.size !== there.size) return false;
+    return sameContent(await this.context.remote.sums(this.pathOf(item.path)), fileOf(item));
   }
 
   /** Something of another kind has the name: it is in the way, or to be removed. */
@@ -716,25 +752,9 @@ class TreeUpload extends Transfer {
     }
   }
 
-  /** Before the files, in their order, over one connection. */
-  async #makeFolders(folders: string[]): Promise<void> {
-    const exchanges = folders.map((folder) => {
-      const path = this.pathOf(folder);
-      return new ChangeExchange({ action: "mkdir", path, parents: true }, (error) => this.failures.add(error));
-    });
-    if (exchanges.length > 0) await this.context.remote.run(exchanges);
-  }
-
-  /** In batches, so that not every file has an object for all that is known of it from the start. */
-  async *#exchanges(files: LocalItem[]): AsyncGenerator<Exchange[]> {
-    for (let at = 0; at < files.length; at += MAX_GROUP) {
-      const some = files.slice(at, at + MAX_GROUP);
-      yield some.map((item) => (item.size <= MAX_WHOLE_BYTES ? new Store(this, item) : new StoreLarge(this, item)));
-    }
-  }
-
   async #removeOthers(seen: Set<string>): Promise<void> {
     this.failures.throwFirst();
+    if (seen.size === 0 && !this.options.force) throw emptySource(this.#roots[0]!.file, "here");
     const others = [...this.#there.values()].filter(({ path }) => !seen.has(path) && !isBelow(path, this.#there, seen));
     const exchanges: Exchange[] = [];
     for (const { path, kind } of others) {
@@ -771,7 +791,7 @@ class Store implements Exchange {
   }
 
   open(): undefined {
-    const { content, mtime } = readSmall(this.#item.file);
+    const { content, mtime } = readSmall(fileOf(this.#item));
     this.#content = content;
     this.#mtime = mtime;
   }
@@ -805,7 +825,8 @@ class Store implements Exchange {
 
   #isDone(peer: Peer, { kind, size, mtime, etag }: Meta): Promise<void> | undefined {
     peer.progress = true;
-    const { path, file } = this.#item;
+    const { path } = this.#item;
+    const file = fileOf(this.#item);
     return this.#tree.done(this.#tree.pathOf(path), file, { kind, size, mtime, etag }, 0, this.#startedAt);
   }
 }
@@ -829,12 +850,12 @@ class StoreLarge implements Exchange {
   async open(): Promise<void> {
     if (this.#upload) return;
     const { context, options } = this.#tree;
-    const file = this.#item.file;
+    const file = fileOf(this.#item);
     const path = this.#tree.pathOf(this.#item.path);
     const source = new FileSource(file);
     const log = new UploadLog(options.directory, file, path, context.server);
     const resumes = log.resumes(source);
-    const put = { path, id: log.id, noClobber: options.noClobber, etag: "" };
+    const put = { path, id: log.id, noClobber: options.noClobber, parents: true, etag: "" };
     this.#source = source;
     this.#log = log;
     this.#upload = new UploadExchange(context.remote, put, source, this.#hooks(source, log), resumes);
@@ -852,7 +873,8 @@ class StoreLarge implements Exchange {
     if (await this.#upload!.take(peer)) return true;
     this.#source!.close();
     this.#log!.remove();
-    const { path, file } = this.#item;
+    const { path } = this.#item;
+    const file = fileOf(this.#item);
     const offset = Number.isFinite(this.#start) ? this.#start : 0;
     await this.#tree.done(this.#tree.pathOf(path), file, this.#upload!.result(), offset, this.#startedAt);
     return false;
@@ -959,7 +981,7 @@ export interface LocalEntry {
 }
 
 /** As PUT's fields for what is new and comes in one go. */
-const NEW_FILE = { action: "put", id: "", offset: 0, noClobber: false, etag: "" } as const;
+const NEW_FILE = { action: "put", id: "", offset: 0, noClobber: false, parents: true, etag: "" } as const;
 
 /** A local folder as something to write the way a root is written, with a staging folder of this process's own. */
 class LocalFolder {
@@ -1061,7 +1083,7 @@ function* walk(
       else if (found.kind === "other" || isHidden(name) || isUnfinished(name)) leftOut();
       else {
         if (found.kind === "folder" && enter(path)) waiting.push(path);
-        yield { ...found, kind: found.kind, path };
+        yield { path, kind: found.kind, size: found.size, mtime: found.mtime };
       }
     }
   }

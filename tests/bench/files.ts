@@ -227,7 +227,7 @@ function syncDown(stage: Stage): Contest {
 function syncUp(stage: Stage): Contest {
   const tree = join(stage.source, "tree");
   const contenders = [
-    reprise(stage, (to) => ["sync", "--up", tree, `${basename(to)}/tree`]),
+    reprise(stage, (to) => ["sync", "--up", `${basename(to)}/tree`, tree]),
     ...rsync(stage, (module, to) => [`${tree}/`, `${module}/${basename(to)}/tree/`]),
   ];
   const work = ofTree(`unchanged sync up${stage.where}`);
