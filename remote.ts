@@ -849,7 +849,7 @@ export class UploadExchange implements Exchange {
     if (!this.#begun) return undefined;
     return async (peer: Peer) => {
       if (this.#sentBytes !== undefined) this.#meta = await this.#findDone(peer, this.#sentBytes);
-      if (!this.#meta) this.#offset = await this.#agreed(peer);
+      if (!this.#meta) this.#offset = this.#options.id === "" ? 0 : await this.#agreed(peer);
     };
   }
 

@@ -853,9 +853,11 @@ class StoreLarge implements Exchange {
     const file = fileOf(this.#item);
     const path = this.#tree.pathOf(this.#item.path);
     const source = new FileSource(file);
-    const log = new UploadLog(options.directory, file, path, context.server);
-    const resumes = log.resumes(source);
-    const put = { path, id: log.id, noClobber: options.noClobber, parents: true, etag: "" };
+    // What travels in one frame is not worth a log.
+    const log =
+      source.size > MAX_CONTENT_BYTES ? new UploadLog(options.directory, file, path, context.server) : undefined;
+    const resumes = log?.resumes(source) ?? false;
+    const put = { path, id: log?.id ?? "", noClobber: options.noClobber, parents: true, etag: "" };
     this.#source = source;
     this.#log = log;
     this.#upload = new UploadExchange(context.remote, put, source, this.#hooks(source, log), resumes);
@@ -872,7 +874,7 @@ class StoreLarge implements Exchange {
   async take(peer: Peer): Promise<boolean> {
     if (await this.#upload!.take(peer)) return true;
     this.#source!.close();
-    this.#log!.remove();
+    this.#log?.remove();
     const { path } = this.#item;
     const file = fileOf(this.#item);
     const offset = Number.isFinite(this.#start) ? this.#start : 0;
@@ -886,17 +888,17 @@ class StoreLarge implements Exchange {
     this.#tree.failures.add(error);
   }
 
-  #hooks(source: FileSource, log: UploadLog): UploadHooks {
+  #hooks(source: FileSource, log: UploadLog | undefined): UploadHooks {
     return {
       begin: (_, offset) => {
         this.#start = Math.min(this.#start, offset);
         this.#sent = offset;
-        log.begin(source, offset);
+        log?.begin(source, offset);
       },
       progress: (bytes, crc32) => {
         this.#tree.moved(bytes - this.#sent);
         this.#sent = bytes;
-        log.sent(bytes, crc32);
+        log?.sent(bytes, crc32);
       },
     };
   }
