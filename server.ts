@@ -31,7 +31,7 @@ import {
 import { Connection, formatAddress, listen } from "./connection.ts";
 import { version } from "./package.json";
 import { DEFAULT_PORT, encodeError, MAX_REQUEST_BYTES, quote, RepriseError } from "./protocol.ts";
-import { log, logBug, Session, type Settings, uploadPool, type Worker } from "./session.ts";
+import { log, logBug, Session, type Settings, STAGED_DESCRIPTORS, uploadPool, type Worker } from "./session.ts";
 import { openFolder } from "./storage.ts";
 
 /** The wait before a worker that lived shorter than this is started again: none at first, then this, doubled each time. */
@@ -338,7 +338,11 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
     root: String(args.root),
     host: String(args.host),
     port: numberOption(args, "port", { min: 0, max: 65_535 }),
-    maxConnections: connectionsOf(numberOption(args, "max-connections", { min: 1, max: 1_000_000 }), workers),
+    maxConnections: connectionsOf(
+      numberOption(args, "max-connections", { min: 1, max: 1_000_000 }),
+      workers,
+      OWN_DESCRIPTORS + (args.writable === true ? STAGED_DESCRIPTORS : 0),
+    ),
     idleMs: secondsOption(args, "idle-timeout"),
     graceMs: secondsOption(args, "grace"),
     limitRate: sizeOption(args, "limit-rate"),
@@ -348,10 +352,10 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
 }
 
 /** A worker's share of the connections, and no more than it has descriptors for: a socket and a file each. */
-function connectionsOf(wanted: number, workers: number): number {
+function connectionsOf(wanted: number, workers: number, own: number): number {
   const share = Math.ceil(wanted / workers);
   const limit = Number(/Max open files\s+(\d+)/.exec(readFileSync("/proc/self/limits", "utf8"))?.[1] ?? 1024);
-  const most = Math.max(1, Math.floor((limit - OWN_DESCRIPTORS) / 2));
+  const most = Math.max(1, Math.floor((limit - own) / 2));
   if (share <= most) return share;
   say(
     "warn",

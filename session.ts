@@ -55,8 +55,10 @@ const PACED_CHUNKS = 8;
 /** Changes that one session puts off; and all of a worker's together, for each holds a descriptor. */
 const MAX_GROUP = 256;
 const MAX_STAGED = 512;
+/** Descriptors that a worker may so have open besides those of its connections. */
+export const STAGED_DESCRIPTORS = MAX_STAGED + MAX_GROUP;
 /** A peer that waits for its answer is told so this often. */
-const WAIT_MS = 5_000;
+const WAIT_MS = 1_000;
 /** Characters of the log; PIPE_BUF is 4096 bytes. */
 const MAX_LOGGED_TOGETHER = 3_500;
 /** What a worker is told by the supervisor, as JSON in the environment variable REPRISE_WORKER. */

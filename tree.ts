@@ -1153,6 +1153,6 @@ function emptySource(path: string, where: string): RepriseError {
 
 /** `12 files, 3.4 MB; 100 unchanged, 2 removed`. */
 export function summary({ files, bytes, unchanged, removed }: Tally): string {
-  const done = `${files} ${files === 1 ? "file" : "files"} sent, ${formatSize(bytes)}`;
+  const done = `${files} ${files === 1 ? "file" : "files"}, ${formatSize(bytes)}`;
   return `${done}; ${unchanged} unchanged${removed > 0 ? `, ${removed} removed` : ""}`;
 }
