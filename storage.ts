@@ -507,9 +507,15 @@ function isSendable(size: number, mtime: number): boolean {
   return Number.isSafeInteger(size) && Number.isSafeInteger(mtime);
 }
 
+const etagFields = new BigInt64Array(4);
+
 /** Hashed, because an inode number is nobody's business. */
 export function etagOf(stat: BigIntStats): string {
-  return Bun.hash.xxHash64(`${stat.ino}-${stat.size}-${stat.mtimeNs}-${stat.ctimeNs}`).toString(16).padStart(16, "0");
+  etagFields[0] = stat.ino;
+  etagFields[1] = stat.size;
+  etagFields[2] = stat.mtimeNs;
+  etagFields[3] = stat.ctimeNs;
+  return Bun.hash.xxHash64(etagFields).toString(16).padStart(16, "0");
 }
 
 /** The checksums of pieces by etag. Those kept longest go first; a sum of 0 counts as not known and is found again. */
