@@ -4,6 +4,7 @@
  */
 import { posix } from "node:path";
 import { type Args, numberOption, report, say, secondsOption, setProgress, setQuiet, sizeOption } from "./command.ts";
+import { Pace } from "./connection.ts";
 import { DEFAULT_PORT, ERRORS, RepriseError } from "./protocol.ts";
 import { parseServers, Remote } from "./remote.ts";
 
@@ -68,10 +69,12 @@ export function withContext(run: (context: Context, args: Args) => Promise<unkno
 }
 
 export function contextFrom(args: Args, signal: AbortSignal): Context {
+  const limitRate = sizeOption(args, "limit-rate");
   const options = {
+    // One for all connections: the line that they share is what it is about.
+    pace: limitRate === undefined ? undefined : new Pace(limitRate),
     timeoutMs: secondsOption(args, "timeout"),
     retries: numberOption(args, "retries", { min: 0, max: 1_000_000 }),
-    limitRate: sizeOption(args, "limit-rate"),
     signal,
   };
   const note = (text: string) => say("warn", text);

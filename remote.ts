@@ -62,6 +62,8 @@ export interface RemoteOptions {
   retries?: number;
   /** Bytes a second. */
   limitRate?: number | undefined;
+  /** In place of `limitRate`: what several share. */
+  pace?: Pace | undefined;
   /** Aborting ends any call with the signal's reason. */
   signal?: AbortSignal | undefined;
   /** Told of what does not end a call: another attempt, another start. */
@@ -103,7 +105,7 @@ export interface DownloadHooks {
 
 /** A server, or several that hold the same, as an object with the protocol's actions for methods. */
 export class Remote {
-  readonly #options: Required<Omit<RemoteOptions, "limitRate" | "signal">>;
+  readonly #options: Required<Omit<RemoteOptions, "limitRate" | "pace" | "signal">>;
   readonly #givenUp = new AbortController();
   readonly #signal: AbortSignal;
   readonly #pace: Pace | undefined;
@@ -117,7 +119,7 @@ export class Remote {
     this.#options = { timeoutMs: 30_000, retries: 10, note: () => {}, ...options };
     const own = this.#givenUp.signal;
     this.#signal = options.signal ? AbortSignal.any([options.signal, own]) : own;
-    this.#pace = options.limitRate ? new Pace(options.limitRate) : undefined;
+    this.#pace = options.pace ?? (options.limitRate ? new Pace(options.limitRate) : undefined);
     const pool = new BufferPool(MAX_ANSWER_BYTES + 2 * HEADER_BYTES);
     const { timeoutMs } = this.#options;
     const common = { maxLength: MAX_ANSWER_BYTES, pool, timeoutMs, directWaitMs: DIRECT_WAIT_MS };
