@@ -224,7 +224,8 @@ export class Remote {
         return await this.#call((peer) => this.#fetch(peer, path, target, hooks, renewal));
       } catch (error) {
         if (!(error instanceof RepriseError) || error.code !== "changed") throw error;
-        if (!target.restartable && target.bytes > 0) throw error;
+        // A segment is one of several, whose others may have content of the version that was.
+        if (!target.restartable && (target.bytes > 0 || target.end !== undefined)) throw error;
         if (restarts >= this.#options.retries) {
           throw new RepriseError("changed", `${error.message}, again and again; get it when it is at rest`);
         }
