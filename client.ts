@@ -30,7 +30,7 @@ import { version } from "./package.json";
 import { type Entry, quote, RepriseError, toJson } from "./protocol.ts";
 import { parseServers, Remote } from "./remote.ts";
 import { MAX_SEGMENTS } from "./resume.ts";
-import { getOne, jsonEntry, putOne, resumeAll } from "./transfer.ts";
+import { getOne, jsonEntry, lookAt, putOne, resumeAll } from "./transfer.ts";
 import type { LocalRoot, RemoteRoot, Tally, TreeOptions } from "./tree.ts";
 
 export { parseServers, Remote };
@@ -75,7 +75,8 @@ const get = command({
     const directory = String(args.directory);
     checkTwins(roots.map(({ path, name }) => ({ source: path, destination: output ?? join(directory, name) })));
     const [only] = roots;
-    if (only && roots.length === 1 && !isTree)
+    const isFolder = isTree && roots.length === 1 && (await context.remote.stat(only!.path)).kind === "folder";
+    if (only && roots.length === 1 && !isFolder)
       return getOne(context, only.path, output ?? join(directory, only.name), segments);
     const { getAll } = await import("./tree.ts");
     const options = { ...TREE, recursive: isTree, directory };
@@ -142,7 +143,7 @@ const put = command({
     const isFolder = files.length > 1 || (await namesFolder(context, target));
     const path = resolveRemote(context.folder, target ?? "");
     if (files[0] === "-" && isFolder) throw new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);
-    if (files.length === 1 && !isTree) {
+    if (files.length === 1 && !(isTree && lookAt(files[0]!)?.isDirectory())) {
       const [file] = files as [string];
       return putOne(context, file, isFolder ? remoteJoin(path, basename(file)) : path, settings);
     }
@@ -416,7 +417,8 @@ async function expand(remote: Remote, pattern: string): Promise<string[]> {
       segments.findIndex((segment) => /[*?[{]/.test(segment)),
     )
     .join("/");
-  const isDeep = segments.length - (fixed === "" ? 0 : fixed.split("/").length) > 1 || pattern.includes("{");
+  const patterns = segments.slice(fixed === "" ? 0 : fixed.split("/").length);
+  const isDeep = patterns.length > 1 || /[{]|^[*][*]$/.test(patterns[0]!);
   const glob = new Bun.Glob(pattern);
   const found: string[] = [];
   for await (const { path } of remote.list(fixed, isDeep)) {
