@@ -51,6 +51,9 @@ export async function getOne(context: Context, path: string, file: string, segme
     await done(meta, offset);
   } catch (error) {
     if (part.bytes === 0) part.discard();
+    if (error instanceof RepriseError && error.code === "not_a_file") {
+      throw new RepriseError(error.code, `${error.message}; -r takes all that is in it`, error);
+    }
     throw resumable(error);
   } finally {
     part.close();
@@ -354,6 +357,9 @@ export function newId(): string {
   return crypto.randomUUID().replaceAll("-", "");
 }
 
+/** Folders that were made for logs, and go with the last of them. */
+const madeFolders = new Set<string>();
+
 /** The JSON log of an upload, in the folder where `resume` looks for it. */
 export class UploadLog {
   readonly #name: string;
@@ -417,13 +423,13 @@ export class UploadLog {
 
   remove(): void {
     removeIfThere(this.#name);
-    if (this.#madeFolder && readdirSync(this.#directory).length === 0) rmdirSync(this.#directory);
+    if (madeFolders.has(this.#directory) && readdirSync(this.#directory).length === 0) rmdirSync(this.#directory);
   }
 
   #save(): void {
     if (!lookAt(this.#directory)) {
       mkdirSync(this.#directory, { recursive: true });
-      this.#madeFolder = true;
+      madeFolders.add(this.#directory);
     }
     writeLog(this.#name, this.#log);
     this.#savedBytes = this.#log.bytes;
