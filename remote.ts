@@ -265,8 +265,7 @@ export class Remote {
       const { kind, size, mtime, etag: found } = answer;
       const meta = { kind, size, mtime, etag: found };
       const given = answer.type === "meta" ? answer.offset : 0;
-      if (kind !== "file" || found === "") throw unexpected("a file without a version");
-      if (given !== offset || (etag !== "" && found !== etag)) throw unexpected("another part than was asked for");
+      checkMeta(meta, given, { offset, etag });
       if (giveUp) target.reset();
       giveUp = renewal.pending = false;
       target.begin(meta);
@@ -955,7 +954,14 @@ export class UploadExchange implements Exchange {
   }
 }
 
-function unexpected(what: string): RepriseError {
+/** What the answer to a GET must begin with. Throws where it is not a file's content from there on, of that version. */
+export function checkMeta(meta: Meta, offset: number, asked: { offset: number; etag: string }): void {
+  if (meta.kind !== "file" || meta.etag === "") throw unexpected("a file without a version");
+  const isAsked = offset === asked.offset && (asked.etag === "" || meta.etag === asked.etag);
+  if (!isAsked) throw unexpected("another part than was asked for");
+}
+
+export function unexpected(what: string): RepriseError {
   return new RepriseError("bad_frame", `the server does not keep to the protocol: ${what}`);
 }
 

@@ -61,7 +61,7 @@ export async function getOne(context: Context, path: string, file: string, segme
 }
 
 /** An interruption says how to go on. */
-function resumable(error: unknown): unknown {
+export function resumable(error: unknown): unknown {
   if (!isInterruption(error)) return error;
   return new RepriseError(error.code, `${error.code}; the same command goes on from here`);
 }
@@ -367,7 +367,6 @@ export class UploadLog {
   #log: ResumeLog;
   #savedBytes = 0;
   #savedAt = 0;
-  #madeFolder = false;
 
   constructor(directory: string, file: string, path: string, server: string) {
     const whole = resolve(file);

@@ -13,11 +13,12 @@ import {
   openSync,
   readdirSync,
   readSync,
+  realpathSync,
   rmdirSync,
   rmSync,
   statSync,
 } from "node:fs";
-import { basename, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { type Change, type Changes, openChanges, type Upload } from "./changes.ts";
 import { formatSize, print, printable, say, showsProgress } from "./command.ts";
 import { type Context, Failures, remoteJoin } from "./context.ts";
@@ -25,6 +26,7 @@ import { crc32Of, isRunning } from "./disk.ts";
 import {
   type Entry,
   type EntryKind,
+  ERRORS,
   MAX_CONTENT_BYTES,
   MAX_WHOLE_BYTES,
   type Meta,
@@ -36,6 +38,7 @@ import {
   toJson,
 } from "./protocol.ts";
 import {
+  checkMeta,
   Dropped,
   type Exchange,
   type Peer,
@@ -43,10 +46,11 @@ import {
   type Remote,
   UploadExchange,
   type UploadHooks,
+  unexpected,
 } from "./remote.ts";
 import { asLocal, isUnfinished, LOG_SUFFIX, PartFile } from "./resume.ts";
-import { isHidden } from "./storage.ts";
-import { isSame, lookAt, printDone, UploadLog } from "./transfer.ts";
+import { errorCode, isHidden } from "./storage.ts";
+import { isSame, lookAt, printDone, resumable, UploadLog } from "./transfer.ts";
 import { asLocalSource, FileSource, SourceChanged } from "./upload.ts";
 
 /** Files that are synced and get their names together, at most. */
@@ -139,6 +143,8 @@ abstract class Transfer {
       await this.work();
       this.failures.throwFirst();
       return this.tally;
+    } catch (error) {
+      throw resumable(error);
     } finally {
       line?.end();
     }
@@ -165,10 +171,14 @@ abstract class Transfer {
     return isLeft;
   }
 
-  protected isMeant(kind: EntryKind, path: string): boolean {
-    if (kind === "file" || this.options.recursive) return true;
+  /** `name` is what it gets on the other side: "" for a folder that becomes the one there. */
+  protected isMeant(kind: EntryKind, name: string, path: string): boolean {
+    if (kind === "file" && name !== "") return true;
+    if (kind === "folder" && this.options.recursive) return true;
     this.failures.add(
-      new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder; -r takes all that is in it`),
+      kind === "file"
+        ? new RepriseError("not_a_folder", `not a folder: ${quote(path)}`)
+        : new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder; -r takes all that is in it`),
     );
     return false;
   }
@@ -267,7 +277,11 @@ class Download extends Transfer {
   /** What the server has, kept only where other things are to be removed. */
   readonly #seen: Set<string> | undefined;
   #entries = 0;
-  readonly #names: LocalNames;
+  /** Where something of another kind was in the way. */
+  readonly #cleared = new Set<string>();
+  #isCut = false;
+  #cuts = 0;
+  #names: LocalNames;
   /** For checksums, since the list has its connection for itself. */
   #other: Remote | undefined;
 
@@ -290,18 +304,32 @@ class Download extends Transfer {
 
   protected async work(): Promise<void> {
     const known = await lookRemotely(this.context.remote, this.#roots, (error) => this.failures.add(error));
-    const found = known.filter(({ kind, remote }) => this.isMeant(kind, remote || "/"));
+    const found = known.filter(({ kind, path, remote }) => this.isMeant(kind, path, remote || "/"));
     if (found.length === 0) return;
     if (!this.options.dryRun) this.#folder = new LocalFolder(this.#local);
     try {
-      await this.share(this.#plan(found), () => this.commit());
-      await this.commit();
+      do {
+        this.#isCut = false;
+        await this.share(this.#plan(found), () => this.commit());
+        await this.commit();
+      } while (this.#isCut);
       if (this.options.delete) await this.#removeOthers();
     } finally {
       for (const { upload } of this.#group) upload.close();
       this.#other?.close();
-      await this.#folder?.leave();
+      await this.#folder?.leave(this.failures.count === 0);
     }
+  }
+
+  /** A part is written by its path, unlike small files: no link on the way may lead elsewhere. Throws `local`. */
+  checkFolderOf(path: string): void {
+    const folder = dirname(this.fileOf(path));
+    try {
+      if (realpathSync(folder) === join(realpathSync(this.#local), dirname(path))) return;
+    } catch (error) {
+      throw asLocal(error, this.fileOf(path));
+    }
+    throw new RepriseError("local", `cannot write ${quote(this.fileOf(path))}: ${quote(folder)} leads over a link`);
   }
 
   /** A small file is whole; it gets its name with the next group. Something to wait for, once that is due. */
@@ -348,8 +376,19 @@ class Download extends Transfer {
         yield this.#considerAll(items);
       }
     } catch (error) {
-      this.failures.add(error);
+      if (!this.#listsAgain(error)) this.failures.add(error);
     }
+  }
+
+  /** After a list that was cut in the middle all is gone through once more: what has come meanwhile is there. */
+  #listsAgain(error: unknown): boolean {
+    const isLoss = error instanceof RepriseError && ERRORS[error.code].retry;
+    if (!isLoss || this.options.dryRun || ++this.#cuts > this.context.remote.retries) return false;
+    this.context.remote.note(`${error.message}; asking for the rest of the list`);
+    this.#isCut = true;
+    this.#names = new LocalNames(this.#local);
+    this.tally.unchanged = -this.tally.plannedFiles;
+    return true;
   }
 
   async #considerAll(items: Item[]): Promise<Exchange[]> {
@@ -368,16 +407,18 @@ class Download extends Transfer {
 
   /** At once for what is not there, which with many files is most. */
   #consider(item: Item): Exchange | undefined | Promise<Exchange | undefined> {
-    splitPath(item.path);
+    checkName(item.path);
     this.#seen?.add(item.path);
-    if (isUnfinished(item.path)) {
-      const file = quote(this.fileOf(item.path));
-      throw new RepriseError("local", `cannot write ${file}: such names are for unfinished transfers`);
-    }
     const here = this.#names.has(item.path) ? lookLocally(this.fileOf(item.path)) : undefined;
-    if (this.isLeft(item, here)) return undefined;
+    if (this.isLeft(item, here)) return this.#tidy(item);
     const isNew = item.kind === "file" && !this.options.dryRun && !here;
     return isNew ? this.#fetch(item) : this.#compare(item, here);
+  }
+
+  /** Of a file that is there: a kill may have come between the last rename and the removal of the log. */
+  #tidy({ kind, path }: Item): undefined {
+    const isTidy = kind === "folder" || this.options.dryRun || !this.#names.has(path + LOG_SUFFIX);
+    if (!isTidy) PartFile.clear(this.fileOf(path));
   }
 
   #fetch(item: Item): Exchange {
@@ -391,7 +432,7 @@ class Download extends Transfer {
     if (item.kind === "folder") return this.#makeFolder(item.path);
     if (here?.kind === "file" && (await this.#hasSameContent(item, here, file))) {
       this.tally.unchanged++;
-      return undefined;
+      return this.#tidy(item);
     }
     if (!this.options.dryRun) return this.#fetch(item);
     this.plan(item.size);
@@ -408,6 +449,7 @@ class Download extends Transfer {
   async #clear({ path, kind }: Item, file: string): Promise<void> {
     if (!this.options.delete) throw new RepriseError("local", `${quote(file)} is in the way: it is not a ${kind}`);
     this.tally.removed++;
+    this.#cleared.add(path);
     if (this.options.dryRun) await this.announce("delete", file);
     else await this.#change({ action: "remove", path, recursive: true });
   }
@@ -426,16 +468,31 @@ class Download extends Transfer {
   async #removeOthers(): Promise<void> {
     this.failures.throwFirst();
     if (this.#entries === 0 && !this.options.force) throw emptySource(this.#roots[0]!.path, "on the server");
-    for (const { path, kind } of walk(this.#local, (path) => this.#seen!.has(path))) {
+    if (!lookAt(this.#local)) return;
+    const isKept = (path: string) => this.#seen!.has(path) && !this.#cleared.has(path);
+    for (const { path, kind } of walk(this.#local, isKept, undefined, this.failures)) {
       if (this.#seen!.has(path)) continue;
-      this.tally.removed++;
       try {
+        if (kind === "folder" && holdsUnfinished(this.fileOf(path))) {
+          say("warn", `${quote(this.fileOf(path))} is left: there is an unfinished transfer in it`);
+          continue;
+        }
+        this.tally.removed++;
         if (this.options.dryRun) await this.announce("delete", this.fileOf(path));
         else await this.#change({ action: "remove", path, recursive: kind === "folder" });
       } catch (error) {
         this.failures.add(error);
       }
     }
+  }
+}
+
+/** What the server calls a name may lead anywhere, or to what is ours. */
+function checkName(path: string): void {
+  const segments = splitPath(path);
+  if (segments.length === 0) throw new RepriseError("bad_name", "the server lists something without a name");
+  if (segments.some((name) => isHidden(name) || isUnfinished(name))) {
+    throw new RepriseError("local", `cannot write ${quote(path)}: such names are for unfinished transfers`);
   }
 }
 
@@ -448,8 +505,10 @@ class Fetch implements Exchange {
   /** Of a large file, or of one that was begun earlier. */
   #part: PartFile | undefined;
   #meta: Meta | undefined;
+  #asked = { offset: 0, etag: "" };
   /** What was there before. */
   #offset: number | undefined;
+  #restarts = 0;
 
   /** `isBegun`: there is a log of an earlier attempt. */
   constructor(tree: Download, item: Item, isBegun: boolean) {
@@ -464,6 +523,7 @@ class Fetch implements Exchange {
 
   ask(peer: Peer): Promise<void> | undefined {
     const { bytes: offset = 0, end, etag = "" } = this.#segment() ?? {};
+    this.#asked = { offset, etag };
     const length = end === undefined ? TO_THE_END : end - offset;
     return peer.askNow({ action: "get", path: this.#item.remote, offset, length, etag });
   }
@@ -479,14 +539,18 @@ class Fetch implements Exchange {
     try {
       await peer.peek();
       if (peer.peekNow()?.type === "file") return this.#takeWhole(await peer.expect("file"));
-      const { kind, size, mtime, etag } = await peer.expect("meta");
+      const { kind, size, mtime, etag, offset } = await peer.expect("meta");
       this.#meta = { kind, size, mtime, etag };
+      checkMeta(this.#meta, offset, this.#asked);
       this.#offset ??= this.#part?.bytes ?? 0;
       const isSmall = !this.#part && size <= MAX_CONTENT_BYTES;
       return await (isSmall ? this.#takeSmall(peer, this.#meta) : this.#takeLarge(peer, this.#meta));
     } catch (error) {
       const isChange = error instanceof RepriseError && error.code === "changed";
       if (!isChange || !this.#part || this.#part.bytes === 0) throw error;
+      if (++this.#restarts > this.#tree.context.remote.retries) {
+        throw new RepriseError("changed", `${error.message}, again and again; get it when it is at rest`);
+      }
       say("warn", `${error.message}; starting again`);
       this.#part.reset();
       this.#offset = undefined;
@@ -516,6 +580,7 @@ class Fetch implements Exchange {
 
   async #openPart(): Promise<PartFile> {
     const { server } = this.#tree.context;
+    this.#tree.checkFolderOf(this.#item.path);
     this.#part = await PartFile.open(this.#file, this.#item.remote, server, (text) => say("warn", text));
     return this.#part;
   }
@@ -524,6 +589,7 @@ class Fetch implements Exchange {
   #takeWhole({ kind, size, mtime, etag, content }: Meta & { content: Uint8Array }): Promise<boolean> | boolean {
     if (this.#part) throw new RepriseError("bad_frame", "the server sends a whole file for a part");
     this.#meta = { kind, size, mtime, etag };
+    checkMeta(this.#meta, 0, this.#asked);
     this.#offset = 0;
     const upload = this.#tree.changes.receive({ ...NEW_FILE, path: this.#item.path, size, mtime }, true);
     try {
@@ -542,6 +608,7 @@ class Fetch implements Exchange {
     try {
       await this.#receive(peer, upload, size);
       await upload.settle();
+      if (upload.bytes !== size) throw unexpected(`the end after ${upload.bytes} of ${size} bytes`);
     } catch (error) {
       upload.close();
       throw error;
@@ -559,6 +626,8 @@ class Fetch implements Exchange {
     } finally {
       await segment.settle();
     }
+    if (segment.bytes === this.#asked.offset && part.bytes < meta.size)
+      throw unexpected(`the end after ${segment.bytes} of ${meta.size} bytes`);
     if (part.bytes < meta.size) return true;
     await part.finish();
     part.close();
@@ -665,7 +734,7 @@ class TreeUpload extends Transfer {
     splitPath(this.pathOf(item.path));
     if (item.path !== "") this.#seen?.add(item.path);
     const there = this.#there.get(item.path);
-    if (this.isLeft(item, there)) return undefined;
+    if (this.isLeft(item, there)) return this.#tidy(item);
     return there || this.options.dryRun ? this.#compare(item) : this.#store(item);
   }
 
@@ -674,12 +743,18 @@ class TreeUpload extends Transfer {
     if (there && there.kind !== item.kind) await this.#clear(there, item);
     if (there?.kind === "file" && item.kind === "file" && (await this.#hasSameContent(item, there))) {
       this.tally.unchanged++;
-      return undefined;
+      return this.#tidy(item);
     }
     if (!this.options.dryRun) return this.#store(item);
     if (item.kind === "file") this.plan(item.size);
     await this.announce(item.kind === "folder" ? "mkdir" : "put", this.pathOf(item.path), item.size);
     return undefined;
+  }
+
+  /** Of a file that is there: a kill may have come before its log was removed. */
+  #tidy(item: LocalItem): undefined {
+    if (item.kind === "folder" || item.size <= MAX_WHOLE_BYTES || this.options.dryRun) return;
+    new UploadLog(this.options.directory, fileOf(item), this.pathOf(item.path), this.context.server).remove();
   }
 
   #store(item: LocalItem): Exchange {
@@ -697,7 +772,7 @@ class TreeUpload extends Transfer {
       const { file, name } = root;
       const stat = statSync(file, { bigint: true, throwIfNoEntry: false });
       const kind = stat?.isFile() ? "file" : stat?.isDirectory() ? "folder" : undefined;
-      if (kind && !this.isMeant(kind, file)) return [];
+      if (kind && !this.isMeant(kind, name, file)) return [];
       if (stat && kind) return { path: name, root, kind, size: Number(stat.size), mtime: Number(stat.mtimeNs / 1000n) };
       const what = stat ? "neither a file nor a folder" : "it is not there";
       this.failures.add(new RepriseError("local", `cannot send ${quote(file)}: ${what}`));
@@ -1009,10 +1084,10 @@ class LocalFolder {
     }
   }
 
-  async leave(): Promise<void> {
+  /** Where nothing came, nothing is left either, unless that is all there was to come. */
+  async leave(isComplete: boolean): Promise<void> {
     await this.changes.leave(this.#path, this.#staging);
-    // Nothing came: then nothing is left either.
-    if (this.#isNew && readdirSync(this.#path).length === 0) rmdirSync(this.#path);
+    if (!isComplete && this.#isNew && readdirSync(this.#path).length === 0) rmdirSync(this.#path);
   }
 }
 
@@ -1057,12 +1132,22 @@ function readNames(folder: string): Set<string> {
   }
 }
 
-/** Undefined for what is not there; links and devices have a kind that nothing has. */
+/** Undefined for what is not there; links and devices have a kind that nothing has. Throws `local`. */
 function lookLocally(file: string): (Omit<LocalEntry, "kind"> & { kind: EntryKind | "other" }) | undefined {
-  const stat = lstatSync(file, { bigint: true, throwIfNoEntry: false });
+  const stat = lstatIfThere(file);
   if (!stat) return undefined;
   const kind = stat.isFile() ? "file" : stat.isDirectory() ? "folder" : "other";
   return { path: file, kind, size: Number(stat.size), mtime: Number(stat.mtimeNs / 1000n) };
+}
+
+function lstatIfThere(file: string) {
+  try {
+    return lstatSync(file, { bigint: true, throwIfNoEntry: false });
+  } catch (error) {
+    // Below a file that has a folder's name there is nothing, either.
+    if (errorCode(error) === "ENOTDIR") return undefined;
+    throw asLocal(error, file);
+  }
 }
 
 /**
@@ -1089,6 +1174,10 @@ function* walk(
       }
     }
   }
+}
+
+function holdsUnfinished(folder: string): boolean {
+  return (readdirSync(folder, { recursive: true }) as string[]).some(isUnfinished);
 }
 
 function namesIn(folder: string, failures: Failures): string[] {
