@@ -2,10 +2,30 @@
  * Real servers, clients and wires for the tests: processes on free ports and temporary folders, stopped and removed
  * when they go out of scope.
  */
-import { closeSync, mkdtempSync, openSync, readdirSync, readFileSync, rmSync, writeFileSync, writeSync } from "node:fs";
+import {
+  closeSync,
+  lstatSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import type { Socket, Subprocess } from "bun";
+import {
+  decodeRequest,
+  encodeDataHeader,
+  encodeEnd,
+  encodeWelcome,
+  FrameDecoder,
+  MAX_CONTENT_BYTES,
+  type Request,
+} from "../protocol.ts";
 
 export const HOME = join(import.meta.dir, "..");
 /** How long a condition may take to come true before the test fails: long, since nothing passes by waiting. */
@@ -350,6 +370,83 @@ export function startProxy(options: ProxyOptions): { port: number; address: stri
   });
 }
 
+/** What a server of our own says to a request, frame by frame; undefined ends the connection. */
+export type Answering = (request: Request, connection: number) => Frames | Promise<Frames>;
+type Frames = (Uint8Array | undefined)[];
+
+/** A server that speaks the protocol and answers whatever the test wants. It takes no content. */
+export function startFakeServer(answer: Answering): { address: string; requests: Request[] } & Disposable {
+  interface State {
+    decoder: FrameDecoder;
+    greeted: boolean;
+    number: number;
+    waiting: Uint8Array[];
+    turn: Promise<void>;
+  }
+  const requests: Request[] = [];
+  let connections = 0;
+  const flush = (socket: Socket<State>) => {
+    const { waiting } = socket.data;
+    while (waiting[0]) {
+      const taken = socket.write(waiting[0]);
+      if (taken < waiting[0].length) {
+        waiting[0] = waiting[0].subarray(Math.max(0, taken));
+        return;
+      }
+      waiting.shift();
+    }
+  };
+  const send = (socket: Socket<State>, frames: Frames) => {
+    for (const frame of frames) {
+      if (!frame) return void socket.end();
+      socket.data.waiting.push(frame);
+    }
+    flush(socket);
+  };
+  const listener = Bun.listen<State>({
+    hostname: "127.0.0.1",
+    port: 0,
+    socket: {
+      open(socket) {
+        const decoder = new FrameDecoder({ maxLength: MAX_CONTENT_BYTES });
+        socket.data = { decoder, greeted: false, number: ++connections, waiting: [], turn: Promise.resolve() };
+      },
+      data(socket, bytes) {
+        const { data } = socket;
+        data.decoder.push(new Uint8Array(bytes));
+        for (let frame = data.decoder.next(); frame; frame = data.decoder.next()) {
+          if (!data.greeted) {
+            data.greeted = true;
+            send(socket, [encodeWelcome("fake")]);
+            continue;
+          }
+          const request = decodeRequest(frame);
+          requests.push(request);
+          data.turn = data.turn.then(async () => send(socket, await answer(request, data.number)));
+        }
+      },
+      drain: flush,
+      error() {},
+    },
+  });
+  return {
+    address: `127.0.0.1:${listener.port}`,
+    requests,
+    [Symbol.dispose]: () => listener.stop(true),
+  };
+}
+
+/** DATA frames and END. */
+export function contentFrames(content: string): Uint8Array[] {
+  const bytes = Buffer.from(content);
+  const frames: Uint8Array[] = [];
+  for (let at = 0; at < bytes.length; at += MAX_CONTENT_BYTES) {
+    const piece = bytes.subarray(at, at + MAX_CONTENT_BYTES);
+    frames.push(encodeDataHeader(piece.length, Bun.hash.crc32(piece)), piece);
+  }
+  return [...frames, encodeEnd(bytes.length)];
+}
+
 /** A raw connection that collects what comes. */
 export async function connectRaw(port: number): Promise<RawConnection> {
   let closed = false;
@@ -381,13 +478,49 @@ export interface RawConnection extends Disposable {
   closed(): boolean;
 }
 
-/** Files of a tree by name and content, below a new temporary folder. */
-export function makeRoot(files: Record<string, Uint8Array | string>): { path: string } & Disposable {
-  const root = temporaryFolder();
+// ---------------------------------------------------------------------------------------------------- trees
+
+/** Files of a tree by name and content; a name that ends in a slash is a folder. */
+export type Files = Record<string, Uint8Array | string>;
+
+export function writeTree(folder: string, files: Files): void {
   for (const [name, content] of Object.entries(files)) {
-    const path = join(root.path, name);
-    Bun.spawnSync(["mkdir", "-p", join(path, "..")]);
-    writeFileSync(path, content);
+    const path = join(folder, name);
+    mkdirSync(name.endsWith("/") ? path : dirname(path), { recursive: true });
+    if (!name.endsWith("/")) writeFileSync(path, content);
   }
+}
+
+/** A tree below a new temporary folder. */
+export function makeRoot(files: Files, parent?: string): { path: string } & Disposable {
+  const root = temporaryFolder(parent);
+  writeTree(root.path, files);
   return root;
+}
+
+/**
+ * All that is below a folder, a line each, in order: name, kind, and of a file its size, time in microseconds and a hash
+ * of its content. A server's own folder at the top does not count, anything else that is hidden does.
+ */
+export function treeOf(folder: string): string[] {
+  const lines: string[] = [];
+  const waiting = [""];
+  for (let below = waiting.pop(); below !== undefined; below = waiting.pop()) {
+    for (const name of readdirSync(join(folder, below))) {
+      const path = below === "" ? name : `${below}/${name}`;
+      if (path === ".reprise") continue;
+      const stat = lstatSync(join(folder, path), { bigint: true });
+      if (stat.isDirectory()) waiting.push(path);
+      lines.push(stat.isFile() ? `${path} file ${describe(join(folder, path), stat)}` : `${path} ${kindOf(stat)}`);
+    }
+  }
+  return lines.sort();
+}
+
+function describe(path: string, { size, mtimeNs }: { size: bigint; mtimeNs: bigint }): string {
+  return `${size} ${mtimeNs / 1000n} ${Bun.hash(readFileSync(path)).toString(16)}`;
+}
+
+function kindOf(stat: { isDirectory(): boolean }): string {
+  return stat.isDirectory() ? "folder" : "other";
 }
