@@ -274,6 +274,8 @@ class Download extends Transfer {
   #folder: LocalFolder | undefined;
   /** Whole files that wait for their name. */
   #group: { upload: Upload; fetch: Fetch }[] = [];
+  /** Parts that are open: at the prompt the next line may want them. */
+  readonly parts = new Set<PartFile>();
   /** What the server has, kept only where other things are to be removed. */
   readonly #seen: Set<string> | undefined;
   #entries = 0;
@@ -316,6 +318,7 @@ class Download extends Transfer {
       if (this.options.delete) await this.#removeOthers();
     } finally {
       for (const { upload } of this.#group) upload.close();
+      for (const part of this.parts) part.close();
       this.#other?.close();
       await this.#folder?.leave(this.failures.count === 0);
     }
@@ -559,8 +562,7 @@ class Fetch implements Exchange {
   }
 
   failed(error: RepriseError): void {
-    this.#part?.close();
-    this.#part = undefined;
+    this.#closePart();
     this.#tree.failures.add(error);
   }
 
@@ -582,7 +584,13 @@ class Fetch implements Exchange {
     const { server } = this.#tree.context;
     this.#tree.checkFolderOf(this.#item.path);
     this.#part = await PartFile.open(this.#file, this.#item.remote, server, (text) => say("warn", text));
+    this.#tree.parts.add(this.#part);
     return this.#part;
+  }
+
+  #closePart(): void {
+    if (this.#part && this.#tree.parts.delete(this.#part)) this.#part.close();
+    this.#part = undefined;
   }
 
   /** Content that came in one frame. */
@@ -630,8 +638,7 @@ class Fetch implements Exchange {
       throw unexpected(`the end after ${segment.bytes} of ${meta.size} bytes`);
     if (part.bytes < meta.size) return true;
     await part.finish();
-    part.close();
-    this.#part = undefined;
+    this.#closePart();
     await this.isDone();
     return false;
   }
