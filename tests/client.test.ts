@@ -5,6 +5,7 @@ import {
   mkdirSync,
   readdirSync,
   readFileSync,
+  rmSync,
   statSync,
   symlinkSync,
   utimesSync,
@@ -24,6 +25,7 @@ import {
   startServer,
   TEST_MS,
   temporaryFolder,
+  treeOf,
   waitFor,
   writeLargeFile,
 } from "./fixtures.ts";
@@ -471,6 +473,119 @@ describe("a script of commands on stdin", () => {
     expect((await runClient(it.server.address, [], { cwd: it.folder, stdin: "git x\n" })).status).toBe(2);
   });
 });
+
+describe("what programs read", () => {
+  async function writable() {
+    const it = await setUp();
+    await it.server.stop("SIGINT");
+    const server = await startServer(it.root, { args: ["--writable"] });
+    const run = (...args: string[]) => runClient(server.address, args, { cwd: it.folder });
+    return Object.assign(it, { server, run, [Symbol.asyncDispose]: () => dispose(it, server) });
+  }
+  async function dispose(it: { root: string; folder: string }, server: Server) {
+    await server[Symbol.asyncDispose]();
+    for (const path of [it.root, it.folder]) rmSync(path, { recursive: true, force: true });
+  }
+  const ISO = "\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d\\.\\d{6}Z";
+  const done = (path: string, file: string, size: number, offset = 0) =>
+    new RegExp(
+      `^{"path":"${path}","file":"${file}","size":${size},"mtime":"${ISO}","etag":"[0-9a-f]{16}","offset":${offset},"ms":\\d+}\n$`,
+    );
+
+  test("--json is one object a line, with the same keys in the same order", async () => {
+    await using it = await writable();
+    const shapes: [string[], RegExp][] = [
+      [["get", "twin"], done("twin", "client_root/twin", 1)],
+      [["get", "twin"], done("twin", "client_root/twin", 1, 1)],
+      [["get", "-r", "sub/deep"], done("sub/deep/x", "client_root/deep/x", 1)],
+      [["put", "client_root/twin", "-t", "up"], done("up", "client_root/twin", 1)],
+      [["put", "client_root/twin", "-t", "up"], done("up", "client_root/twin", 1, 1)],
+      [["put", "-r", "client_root/deep", "-t", "new"], done("new/x", "client_root/deep/x", 1)],
+      [["ls", "new"], new RegExp(`^{"path":"x","type":"file","size":1,"mtime":"${ISO}"}\n$`)],
+      [["ls", "n*"], new RegExp(`^{"path":"new","type":"folder","size":0,"mtime":"${ISO}"}\n$`)],
+      [["stat", "up"], new RegExp(`^{"path":"up","type":"file","size":1,"mtime":"${ISO}","etag":"[0-9a-f]{16}"}\n$`)],
+      [["sync", "--dry-run", "new", "here"], /^{"action":"get","path":"new\/x","size":1}\n$/],
+      [
+        ["sync", "--up", "--dry-run", "newer", "client_root/deep"],
+        /"action":"mkdir".*\n{"action":"put","path":"newer\/x","size":1}\n$/,
+      ],
+      [["mkdir", "made"], /^{"action":"mkdir","path":"made"}\n$/],
+      [["mv", "up", "made"], /^{"action":"move","path":"up","to":"made\/up"}\n$/],
+      [["rm", "-r", "made", "new/x"], /^{"action":"delete","path":"made"}\n{"action":"delete","path":"new\/x"}\n$/],
+    ];
+    for (const [args, shape] of shapes) {
+      const run = await it.run(...args, "--json");
+      expect([args.join(" "), run.status]).toEqual([args.join(" "), 0]);
+      expect(run.output).toMatch(shape);
+    }
+  });
+
+  test("in a shell: a failure is one for ||, pipefail and &&, and nothing comes of an input cut short", async () => {
+    await using it = await writable();
+    const shell = (script: string) => {
+      const words = ["bash", "-c", `set -o pipefail; C="$0 $1"; ${script}`];
+      const { stdout, exitCode } = Bun.spawnSync([...words, process.execPath, join(HOME, "client.ts")], {
+        cwd: it.folder,
+        env: { ...process.env, REPRISE_SERVER: it.server.address },
+        stderr: "ignore",
+      });
+      return [stdout.toString(), exitCode];
+    };
+    expect(shell("$C get no || echo fallback")).toEqual(["fallback\n", 0]);
+    expect(shell("$C get twin && cat client_root/twin")).toEqual(["1", 0]);
+    expect(shell("$C cat no | cat")).toEqual(["", 3]);
+    expect(shell("$C cat twin sub/twin | wc -c")).toEqual(["2\n", 0]);
+    expect(shell("tar c client_root | $C put - -t b.tar && $C cat b.tar | tar t")).toEqual([
+      "client_root/\nclient_root/twin\n",
+      0,
+    ]);
+    expect(shell("printf abc | $C put - -t cut --size 4")).toEqual(["", 7]);
+    expect(shell("$C stat cut")).toEqual(["", 3]);
+    expect(shell("$C ls --json | head -n 1 | wc -l")).toEqual(["1\n", 0]);
+  });
+});
+
+test("a script on stdin takes put, rm, mv, mkdir, sync and get -r, and stops at the first failure", async () => {
+  using root = makeRoot({ "d/x": "1", "d/e/y": "2", old: "3" });
+  using folder = makeRoot({ "up/z": "4", one: "5" });
+  await using server = await startServer(root.path, { args: ["--writable"] });
+  const script = [
+    "mkdir -p made/deep",
+    "cd made",
+    `put ${folder.path}/one`,
+    `put -r ${folder.path}/up -t deep`,
+    "mv ../old here",
+    "rm one",
+    "get -r /d",
+    "get '/d/x*' -d picked",
+    `sync /d ${folder.path}/synced`,
+    "rm ../d",
+    "mkdir never",
+  ];
+  const run = await runClient(server.address, [], {
+    cwd: folder.path,
+    stdin: script.map((line) => `${line}\n`).join(""),
+  });
+  expect(run.status).toBe(4);
+  expect(run.errors).toContain("rm -r removes it");
+  expect(names(root.path)).toEqual([
+    "d",
+    "d/e",
+    "d/e/y",
+    "d/x",
+    "made",
+    "made/deep",
+    "made/deep/up",
+    "made/deep/up/z",
+    "made/here",
+  ]);
+  expect(names(join(folder.path, "client_root"))).toEqual(["d", "d/e", "d/e/y", "d/x"]);
+});
+
+/** As a person would see them: without the server's own. */
+function names(folder: string): string[] {
+  return treeOf(folder).map((line) => line.replace(/ (file|folder).*/, ""));
+}
 
 describe("Remote", () => {
   test("serves many calls on one connection and reconnects when the server has closed it", async () => {

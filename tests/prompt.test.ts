@@ -1,9 +1,9 @@
 /** The client on a terminal: progress line, prompt, history, completion, Ctrl-C. The terminal is script(1)'s. */
 import { expect, setDefaultTimeout, test } from "bun:test";
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { splitWords } from "../terminal.ts";
-import { HOME, makeRoot, randomBytes, startServer, TEST_MS, temporaryFolder, waitFor } from "./fixtures.ts";
+import { HOME, makeRoot, randomBytes, startServer, TEST_MS, temporaryFolder, treeOf, waitFor } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
 
@@ -11,11 +11,11 @@ const hasScript = Bun.which("script") !== null;
 if (!hasScript) console.log("skipped: the tests of the terminal need script(1), from bsdutils or util-linux");
 
 /** The client on a pseudo-terminal of 80 columns. */
-function onTerminal(server: string, args: string[], cwd: string) {
+function onTerminal(server: string, args: string[], cwd: string, env: Record<string, string> = {}) {
   const command = ["stty cols 80;", process.execPath, join(HOME, "client.ts"), ...args].join(" ");
   const child = Bun.spawn(["script", "-qefc", command, "/dev/null"], {
     cwd,
-    env: { ...process.env, REPRISE_SERVER: server, TERM: "xterm", SHELL: "/bin/sh" },
+    env: { ...process.env, REPRISE_SERVER: server, TERM: "xterm", SHELL: "/bin/sh", ...env },
     stdio: ["pipe", "pipe", "inherit"],
   });
   let screen = "";
@@ -116,6 +116,96 @@ test.skipIf(!hasScript)("Ctrl-C ends a transfer but not the prompt, and the next
   terminal.type("\x04");
   expect(await terminal.status()).toBe(0);
   expect(readFileSync(join(folder.path, "client_root/photo.png")).equals(files["photo.png"])).toBe(true);
+});
+
+test.skipIf(!hasScript)("the prompt puts, moves, removes, makes folders and gets them", async () => {
+  using root = makeRoot(files);
+  await using server = await startServer(root.path, { args: ["--writable"] });
+  using folder = makeRoot({ "up/a b": "1", "up/e/": "", one: "2" });
+  const terminal = onTerminal(server.address, [], folder.path);
+  await terminal.shows("reprise:/> ");
+  const lines = [
+    "mkdir -p made/deep",
+    "cd made",
+    "put one",
+    "put -r up -t deep",
+    "mv one two",
+    "rm ../notes",
+    "get -r deep",
+  ];
+  for (const line of lines) terminal.type(`${line}\r`);
+  await terminal.shows("1 file sent, 1 B");
+  terminal.type("rm deep\r");
+  await terminal.shows("rm -r removes it");
+  terminal.type("rm -r deep\r\x04");
+  expect(await terminal.status()).toBe(0);
+  expect(treeOf(root.path).map((line) => line.split(" ")[0]!)).toEqual(["made", "made/two", "my", "my", "photo.png"]);
+  expect(treeOf(join(folder.path, "client_root/deep/up"))).toEqual(treeOf(join(folder.path, "up")));
+});
+
+test.skipIf(!hasScript)("Ctrl-C ends a folder's transfer but not the prompt, and the same line goes on", async () => {
+  const tree = Object.fromEntries(Array.from({ length: 50 }, (_, index) => [`d/${index}`, `${index}`]));
+  using root = makeRoot({ ...tree, "d/big": randomBytes(5_000_000) });
+  await using server = await startServer(root.path, { args: ["--limit-rate", "2M", "--writable"] });
+  using folder = temporaryFolder();
+  const terminal = onTerminal(server.address, [], folder.path);
+  await terminal.shows("reprise:/> ");
+  terminal.type("get -r d\r");
+  await waitFor("the large one has begun", () => existsSync(join(folder.path, "client_root/d/big.resume.json")));
+  await terminal.shows("files");
+  terminal.clear();
+  terminal.type("\x03");
+  await terminal.shows("interrupted; the same command goes on from here");
+  await terminal.shows("reprise:/> ");
+  expect(terminal.screen().match(/interrupted/g)!.length).toBe(1);
+  terminal.type("get -r d\r");
+  await waitFor("it is whole", () => existsSync(join(folder.path, "client_root/d/big")));
+  terminal.type("\x04");
+  expect(await terminal.status()).toBe(0);
+  expect(treeOf(join(folder.path, "client_root"))).toEqual(treeOf(root.path));
+  const big = server.log.filter(({ event, path }) => event === "get" && path === "d/big");
+  expect(big.at(-1)!.offset).toBeGreaterThan(0);
+});
+
+test.skipIf(!hasScript)("a folder has one line, redrawn, and then a summary", async () => {
+  using root = makeRoot({ "d/a": randomBytes(1_000_000), "d/b": randomBytes(1_000_000), "d/c": "3" });
+  await using server = await startServer(root.path, { args: ["--limit-rate", "1M"] });
+  using folder = temporaryFolder();
+  const terminal = onTerminal(server.address, ["get", "-r", "d"], folder.path);
+  expect(await terminal.status()).toBe(0);
+  expect(Bun.stripANSI(terminal.screen())).toMatch(/\rd {2}\d of 3 files {2}[\d.]+ k?M?B {2}[\d.]+ k?M?B\/s/);
+  const lines = terminal.screen().split("\n");
+  expect(lines.length).toBe(2);
+  for (const drawn of lines[0]!.split("\r")) expect(Bun.stringWidth(drawn)).toBeLessThan(80);
+  expect(lines[0]).toEndWith("3 files sent, 2.0 MB; 0 unchanged\r");
+});
+
+const plain: [string, string[], Record<string, string>][] = [
+  ["--no-progress", ["--no-progress"], {}],
+  ["TERM=dumb", [], { TERM: "dumb" }],
+];
+test.skipIf(!hasScript).each(plain)("%s: no line is drawn, for a file or a folder", async (_, args, env) => {
+  using root = makeRoot({ "d/a": randomBytes(500_000), no: "" });
+  await using server = await startServer(root.path, { args: ["--limit-rate", "1M"] });
+  using folder = temporaryFolder();
+  const one = onTerminal(server.address, ["get", "d/a", ...args], folder.path, env);
+  expect([await one.status(), one.screen()]).toEqual([0, ""]);
+  const all = onTerminal(server.address, ["get", "-r", "d", ...args], folder.path, env);
+  expect([await all.status(), all.screen()]).toEqual([0, "1 file sent, 500.0 kB; 0 unchanged\r\n"]);
+});
+
+test.skipIf(!hasScript)("NO_COLOR and TERM=dumb: an error has no colour, otherwise it has", async () => {
+  using root = makeRoot({});
+  await using server = await startServer(root.path);
+  for (const [env, isColoured] of [
+    [{}, true],
+    [{ NO_COLOR: "1" }, false],
+    [{ TERM: "dumb" }, false],
+  ] as const) {
+    const terminal = onTerminal(server.address, ["get", "no"], root.path, { NO_COLOR: "", ...env });
+    expect(await terminal.status()).toBe(3);
+    expect(terminal.screen().includes("\x1b[31m")).toBe(isColoured);
+  }
 });
 
 test("splitWords() splits as a shell does", () => {
