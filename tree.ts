@@ -631,9 +631,12 @@ class Fetch implements Exchange {
     segment.begin(meta);
     try {
       await this.#receive(peer, segment, meta.size);
-    } finally {
-      await segment.settle();
+    } catch (error) {
+      // What went wrong on the way counts: it may be that the connection is no more use.
+      await segment.settle().catch(() => {});
+      throw error;
     }
+    await segment.settle();
     if (segment.bytes === this.#asked.offset && part.bytes < meta.size)
       throw unexpected(`the end after ${segment.bytes} of ${meta.size} bytes`);
     if (part.bytes < meta.size) return true;
