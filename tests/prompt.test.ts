@@ -134,7 +134,7 @@ test.skipIf(!hasScript)("the prompt puts, moves, removes, makes folders and gets
     "get -r deep",
   ];
   for (const line of lines) terminal.type(`${line}\r`);
-  await terminal.shows("1 file sent, 1 B");
+  await terminal.shows("1 file, 1 B");
   terminal.type("rm deep\r");
   await terminal.shows("rm -r removes it");
   terminal.type("rm -r deep\r\x04");
@@ -177,7 +177,7 @@ test.skipIf(!hasScript)("a folder has one line, redrawn, and then a summary", as
   const lines = terminal.screen().split("\n");
   expect(lines.length).toBe(2);
   for (const drawn of lines[0]!.split("\r")) expect(Bun.stringWidth(drawn)).toBeLessThan(80);
-  expect(lines[0]).toEndWith("3 files sent, 2.0 MB; 0 unchanged\r");
+  expect(lines[0]).toEndWith("3 files, 2.0 MB; 0 unchanged\r");
 });
 
 const plain: [string, string[], Record<string, string>][] = [
@@ -191,7 +191,7 @@ test.skipIf(!hasScript).each(plain)("%s: no line is drawn, for a file or a folde
   const one = onTerminal(server.address, ["get", "d/a", ...args], folder.path, env);
   expect([await one.status(), one.screen()]).toEqual([0, ""]);
   const all = onTerminal(server.address, ["get", "-r", "d", ...args], folder.path, env);
-  expect([await all.status(), all.screen()]).toEqual([0, "1 file sent, 500.0 kB; 0 unchanged\r\n"]);
+  expect([await all.status(), all.screen()]).toEqual([0, "1 file, 500.0 kB; 0 unchanged\r\n"]);
 });
 
 test.skipIf(!hasScript)("NO_COLOR and TERM=dumb: an error has no colour, otherwise it has", async () => {

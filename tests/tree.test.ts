@@ -189,7 +189,7 @@ describe("get -r and put -r", () => {
       ["sync", "--up", "many", "many"],
     ]) {
       const again = await logged(it, args);
-      expect(again).toMatchObject({ status: 0, errors: "0 files sent, 0 B; 10000 unchanged\n" });
+      expect(again).toMatchObject({ status: 0, errors: "0 files, 0 B; 10000 unchanged\n" });
       expect(contentOf(again.log)).toEqual([]);
     }
   });
@@ -891,7 +891,7 @@ describe.each(directions)("sync %s", (direction, flags, verb) => {
     await using it = await setSync(source, { "same/x": "1", "same/y": "2", changed: "old", extra: "k" });
     alike(it, "same/x", "same/y");
     const run = await it.logged();
-    expect(run).toMatchObject({ status: 0, output: "", errors: "4 files sent, 13 B; 2 unchanged\n" });
+    expect(run).toMatchObject({ status: 0, output: "", errors: "4 files, 13 B; 2 unchanged\n" });
     expect(pathsOf(run.log).sort()).toEqual(["r/changed", "r/file-here", "r/folder-here/in", "r/new/z"]);
     expect(readFileSync(join(it.to, "extra"), "utf8")).toBe("k");
     rmSync(join(it.to, "extra"));
@@ -917,7 +917,7 @@ describe.each(directions)("sync %s", (direction, flags, verb) => {
     await using it = await setSync();
     alike(it, "same/x", "same/y");
     const run = await it.sync("--delete");
-    expect(run).toMatchObject({ status: 0, errors: "4 files sent, 13 B; 2 unchanged, 4 removed\n" });
+    expect(run).toMatchObject({ status: 0, errors: "4 files, 13 B; 2 unchanged, 4 removed\n" });
     expect(treeOf(it.to)).toEqual(treeOf(it.from));
     expect([...temporaries(it.root), ...temporaries(it.folder)]).toEqual([]);
   });
