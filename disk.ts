@@ -263,10 +263,13 @@ function holderOf(fd: number, path: string): string {
 
 // ---------------------------------------------------------------------------------------------------- files
 
-/** Microseconds since 1970. Bun takes a number below zero for the present, but not a Date. */
+/**
+ * Microseconds since 1970. Bun takes a number below zero for the present, and cuts a Date to the millisecond, but reads a
+ * text as it is.
+ */
 export function setTime(fd: number, mtime: number): void {
-  // A quarter of a microsecond more, so that what a double loses does not make it the microsecond before.
-  const time = mtime < 0 ? new Date(mtime / 1000) : (mtime + 0.25) / 1e6;
+  // A part of a microsecond more, away from zero, so that what a double loses does not make it the one beside.
+  const time = mtime < 0 ? String((mtime - 0.5) / 1e6) : (mtime + 0.25) / 1e6;
   futimesSync(fd, time, time);
 }
 
