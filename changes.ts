@@ -256,6 +256,8 @@ export class Changes {
     const { path: place, folder } = folders.parentOf(path);
     const target = lookAt(place);
     if (!target) throw new RepriseError("not_found", `not found: ${quote(path)}`);
+    // Nobody can see a link or device from outside.
+    metaOf(target, path);
     folders.touch(folder);
     if (!target.isDirectory()) return void unlinkSync(place);
     if (!recursive) throw refused(`${quote(path)} is a folder; rm -r removes it with all that is in it`);
@@ -276,6 +278,7 @@ export class Changes {
     metaOf(source, path);
     const there = lookAt(target.path);
     if (there?.isDirectory() && !source.isDirectory()) throw notAFile(to);
+    if (there && overwrite) metaOf(there, to);
     if (overwrite) renameSync(from.path, target.path);
     else if (!renameIfNew(from, target)) throw exists(to);
     folders.touch(from.folder);
