@@ -55,14 +55,14 @@ export class FileSource implements Source {
   }
 
   renew(): void {
-    if (this.#fd >= 0) closeSync(this.#fd);
+    this.close();
     this.#fd = openSource(this.name);
     const stat = fstatSync(this.#fd, { bigint: true });
     this.size = Number(stat.size);
     this.mtime = Number(stat.mtimeNs / 1000n);
     this.etag = etagOf(stat);
     if (stat.isFile()) return;
-    closeSync(this.#fd);
+    this.close();
     const what = stat.isDirectory() ? "a folder; use -r" : "no file";
     throw new RepriseError("local", `cannot send ${quote(this.name)}: ${what}`);
   }
@@ -87,7 +87,8 @@ export class FileSource implements Source {
   }
 
   close(): void {
-    closeSync(this.#fd);
+    if (this.#fd >= 0) closeSync(this.#fd);
+    this.#fd = -1;
   }
 }
 
