@@ -855,7 +855,7 @@ class StoreLarge implements Exchange {
     const source = new FileSource(file);
     // What travels in one frame is not worth a log.
     const log =
-      source.size > MAX_CONTENT_BYTES ? new UploadLog(options.directory, file, path, context.server) : undefined;
+      source.size > MAX_CONTENT_BYTES ? new UploadLog(options, file, path, context.server) : undefined;
     const resumes = log?.resumes(source) ?? false;
     const put = { path, id: log?.id ?? "", noClobber: options.noClobber, parents: true, etag: "" };
     this.#source = source;
@@ -890,10 +890,10 @@ class StoreLarge implements Exchange {
 
   #hooks(source: FileSource, log: UploadLog | undefined): UploadHooks {
     return {
-      begin: (_, offset) => {
+      begin: (_, offset, crc32) => {
         this.#start = Math.min(this.#start, offset);
         this.#sent = offset;
-        log?.begin(source, offset);
+        log?.begin(source, offset, crc32);
       },
       progress: (bytes, crc32) => {
         this.#tree.moved(bytes - this.#sent);
