@@ -314,6 +314,7 @@ export class Upload {
   placed = false;
 
   static open(request: Put, staged: Place, wrap: Wrap): Upload {
+    if (request.id === "" && request.offset > 0) throw notHeld(request);
     // A name that nobody else can have needs no lock.
     if (request.id === "") return new Upload(request, staged, create(staged), wrap);
     const fd = openLocked(staged.path);
@@ -322,7 +323,7 @@ export class Upload {
       if (size === 0) removeIfThere(staged.path);
       unlock(fd, staged.path);
       closeSync(fd);
-      throw new RepriseError("bad_range", `the server does not hold ${request.offset} bytes of ${quote(request.path)}`);
+      throw notHeld(request);
     }
     return new Upload(request, staged, fd, wrap);
   }
@@ -524,6 +525,10 @@ function refused(text: string): RepriseError {
 
 function exists(path: string): RepriseError {
   return new RepriseError("exists", `${quote(path)} exists already`);
+}
+
+function notHeld({ offset, path }: Put): RepriseError {
+  return new RepriseError("bad_range", `the server does not hold ${offset} bytes of ${quote(path)}`);
 }
 
 function notAFile(path: string): RepriseError {
