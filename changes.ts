@@ -159,7 +159,7 @@ export class Changes {
       const [kind, pid] = name.split("-");
       if (kind === "trash") await rm(path, { recursive: true, force: true });
       else if (kind === "new" && !isRunning(Number(pid))) removeIfThere(path);
-      else if (kind === "put") sweepUpload(path, now);
+      else if (kind === "put" && !name.endsWith(".lock")) sweepUpload(path, now);
     }
   }
 
