@@ -21,7 +21,7 @@ import { type Change, type Changes, openChanges, type Upload } from "../changes.
 import { openLocked } from "../disk.ts";
 import { type ErrorCode, type Meta, type Put, RepriseError, SUM_BYTES, UNKNOWN_SIZE } from "../protocol.ts";
 import { openFolder } from "../storage.ts";
-import { randomBytes, TEST_MS, temporaryFolder, waitFor } from "./fixtures.ts";
+import { HOME, randomBytes, TEST_MS, temporaryFolder, waitFor } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
 
@@ -535,6 +535,14 @@ describe("sweep()", () => {
     expect(await apply(it, alive)).toMatchObject([{ size: 1 }]);
   });
 
+  test("is not stopped by the lock of a dead process that had no FFI", async () => {
+    using it = setUp();
+    (await receive(it, put("f", { id: ID }), "x")).close();
+    symlinkSync(String(Bun.spawnSync(["true"]).pid), join(it.root, ".reprise", `put-${id("2")}.lock`));
+    await it.changes.sweep(Date.now() + 8 * DAY_MS);
+    expect(it.staged()).toEqual([`put-${id("2")}.lock`]);
+  });
+
   test("an upload that is swept while it waits is started again, not mixed", async () => {
     using it = setUp();
     (await receive(it, put("f", { id: ID }), "0123456789")).close();
@@ -558,4 +566,34 @@ test("openChanges() takes a root whose staging folder is a link for one that can
   symlinkSync("../elsewhere", join(folder.path, "root/.reprise"));
   expect(() => openChanges(join(folder.path, "root"))).toThrow();
   expect(readdirSync(join(folder.path, "elsewhere"))).toEqual([]);
+});
+
+/** Takes and leaves a lock 200 times; counts how often somebody else was in at the same time. */
+const CONTENDER = `
+  import { closeSync, mkdirSync, rmdirSync } from "node:fs";
+  const { openLocked, Held, removeIfThere, unlock } = await import(process.env.DISK);
+  const path = process.env.LOCK;
+  for (let taken = 0, clashes = 0; taken < 200; ) {
+    try {
+      const fd = openLocked(path);
+      taken++;
+      try { mkdirSync(path + ".in"); } catch { clashes++; }
+      rmdirSync(path + ".in");
+      if (taken % 2 === 0) removeIfThere(path);
+      unlock(fd, path);
+      closeSync(fd);
+      if (taken === 200) process.exit(clashes);
+    } catch (error) {
+      if (!(error instanceof Held)) throw error;
+    }
+  }
+`;
+
+test.each(["0", "1"])("openLocked() lets one in at a time (REPRISE_FFI=%s)", async (ffi) => {
+  using folder = temporaryFolder();
+  const env = { ...process.env, REPRISE_FFI: ffi, LOCK: join(folder.path, "f"), DISK: join(HOME, "disk.ts") };
+  const spawn = () => Bun.spawn([process.execPath, "-e", CONTENDER], { env, stderr: "pipe" });
+  const contenders = [spawn(), spawn(), spawn()];
+  expect(await Promise.all(contenders.map((child) => new Response(child.stderr).text()))).toEqual(["", "", ""]);
+  expect(await Promise.all(contenders.map((child) => child.exited))).toEqual([0, 0, 0]);
 });
