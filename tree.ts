@@ -854,8 +854,7 @@ class StoreLarge implements Exchange {
     const path = this.#tree.pathOf(this.#item.path);
     const source = new FileSource(file);
     // What travels in one frame is not worth a log.
-    const log =
-      source.size > MAX_CONTENT_BYTES ? new UploadLog(options, file, path, context.server) : undefined;
+    const log = source.size > MAX_CONTENT_BYTES ? new UploadLog(options, file, path, context.server) : undefined;
     const resumes = log?.resumes(source) ?? false;
     const put = { path, id: log?.id ?? "", noClobber: options.noClobber, parents: true, etag: "" };
     this.#source = source;
