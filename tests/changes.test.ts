@@ -61,6 +61,7 @@ const put = (path: string, fields: Partial<Put> = {}): Put => ({
   size: UNKNOWN_SIZE,
   mtime: 1_000_000,
   noClobber: false,
+  parents: false,
   etag: "",
   ...fields,
 });

@@ -1078,6 +1078,7 @@ const putFrame = (path: string, fields: Partial<Put> = {}) =>
     size: UNKNOWN_SIZE,
     mtime: 0,
     noClobber: false,
+    parents: false,
     etag: "",
     ...fields,
   });
@@ -1220,6 +1221,21 @@ describe("the wire", () => {
     expect(answers).toEqual([...first, ...second]);
   });
 
+  test("content in the frame of the PUT, and the folders above it made", async () => {
+    await using it = await setUp();
+    const put = (path: string, fields: Partial<Put>) =>
+      putFrame(path, { size: 2, content: Buffer.from("hi"), ...fields });
+    const frames = [put("f", {}), put("d/e/g", {}), put("d/e/g", { parents: true }), put("f/g", { parents: true })];
+    const refused = [
+      put("../g", { parents: true }),
+      put(".reprise/x/g", { parents: true }),
+      put("f", { noClobber: true }),
+    ];
+    const codes = ["not_found", 2, "not_a_folder", "bad_name", "refused", "exists"];
+    expect(await converse(it, ...frames, ...refused, get("d/e/g"))).toEqual([2, ...codes, 2, "hi", "end"]);
+    expectOnly(it, "d", "d/e", "d/e/g", "f");
+  });
+
   test("600 small ones without waiting: all answered, in order, all there", async () => {
     await using it = await setUp();
     const names = Array.from({ length: 600 }, (_, index) => `f${index}`);
@@ -1320,7 +1336,7 @@ test("a reader of a file that is replaced 1,000 times sees one version or anothe
   const writer = remoteOf(it);
   const readers = Array.from({ length: 3 }, () => remoteOf(it));
   const contentOf = (version: number) => new Uint8Array(200_000 + version * 37).fill(version % 251);
-  await writer.upload({ path: "f", id: "", noClobber: false, etag: "" }, memorySource(contentOf(0)));
+  await writer.upload({ path: "f", id: "", noClobber: false, parents: false, etag: "" }, memorySource(contentOf(0)));
   let isWriting = true;
   const reading = readers.map(async (reader) => {
     let reads = 0;
@@ -1334,7 +1350,10 @@ test("a reader of a file that is replaced 1,000 times sees one version or anothe
     return reads;
   });
   for (let version = 1; version <= 1000; version++)
-    await writer.upload({ path: "f", id: "", noClobber: false, etag: "" }, memorySource(contentOf(version)));
+    await writer.upload(
+      { path: "f", id: "", noClobber: false, parents: false, etag: "" },
+      memorySource(contentOf(version)),
+    );
   isWriting = false;
   const reads = await Promise.all(reading);
   expect(Math.min(...reads)).toBeGreaterThan(10);
