@@ -159,7 +159,7 @@ export class Changes {
       const [kind, pid] = name.split("-");
       if (kind === "trash") await rm(path, { recursive: true, force: true });
       else if (kind === "new" && !isRunning(Number(pid))) removeIfThere(path);
-      else if (kind === "put") sweepUpload(path, now);
+      else if (kind === "put" && !name.endsWith(".lock")) sweepUpload(path, now);
     }
   }
 
@@ -256,6 +256,8 @@ export class Changes {
     const { path: place, folder } = folders.parentOf(path);
     const target = lookAt(place);
     if (!target) throw new RepriseError("not_found", `not found: ${quote(path)}`);
+    // Nobody can see a link or device from outside.
+    metaOf(target, path);
     folders.touch(folder);
     if (!target.isDirectory()) return void unlinkSync(place);
     if (!recursive) throw refused(`${quote(path)} is a folder; rm -r removes it with all that is in it`);
@@ -276,6 +278,7 @@ export class Changes {
     metaOf(source, path);
     const there = lookAt(target.path);
     if (there?.isDirectory() && !source.isDirectory()) throw notAFile(to);
+    if (there && overwrite) metaOf(there, to);
     if (overwrite) renameSync(from.path, target.path);
     else if (!renameIfNew(from, target)) throw exists(to);
     folders.touch(from.folder);
@@ -311,6 +314,7 @@ export class Upload {
   placed = false;
 
   static open(request: Put, staged: Place, wrap: Wrap): Upload {
+    if (request.id === "" && request.offset > 0) throw notHeld(request);
     // A name that nobody else can have needs no lock.
     if (request.id === "") return new Upload(request, staged, create(staged), wrap);
     const fd = openLocked(staged.path);
@@ -319,7 +323,7 @@ export class Upload {
       if (size === 0) removeIfThere(staged.path);
       unlock(fd, staged.path);
       closeSync(fd);
-      throw new RepriseError("bad_range", `the server does not hold ${request.offset} bytes of ${quote(request.path)}`);
+      throw notHeld(request);
     }
     return new Upload(request, staged, fd, wrap);
   }
@@ -521,6 +525,10 @@ function refused(text: string): RepriseError {
 
 function exists(path: string): RepriseError {
   return new RepriseError("exists", `${quote(path)} exists already`);
+}
+
+function notHeld({ offset, path }: Put): RepriseError {
+  return new RepriseError("bad_range", `the server does not hold ${offset} bytes of ${quote(path)}`);
 }
 
 function notAFile(path: string): RepriseError {

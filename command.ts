@@ -137,7 +137,7 @@ function parseOption(args: Args, word: string, next: string | undefined, definit
   for (const name of names) args[name] = true;
   if (definitions[last]!.type === "boolean") {
     if (joined !== undefined) throw usage(`${flag} takes no value`);
-    args[last] = !flag.startsWith("--no-");
+    args[last] = flag === `--${last}` || !flag.startsWith("--no-");
     return 0;
   }
   const value = joined ?? next;

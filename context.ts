@@ -43,8 +43,8 @@ export interface Context {
   server: string;
   /** The server was named by the user, rather than left to the default or a resume log. */
   isNamed: boolean;
-  /** Another connection to a server, with the same options and the same way to interrupt; a quiet one says nothing. */
-  connectTo: (server: string, isQuiet?: boolean) => Remote;
+  /** Another connection to a server, with the same options and the same way to interrupt. */
+  connectTo: (server: string) => Remote;
   /** Connections for many files. */
   jobs: number;
   /** At the prompt: the folder on the server that names are relative to. */
@@ -76,10 +76,9 @@ export function contextFrom(args: Args, signal: AbortSignal): Context {
     timeoutMs: secondsOption(args, "timeout"),
     retries: numberOption(args, "retries", { min: 0, max: 1_000_000 }),
     signal,
+    note: (text: string) => say("warn", text),
   };
-  const note = (text: string) => say("warn", text);
-  const connectTo = (name: string, isQuiet = false) =>
-    new Remote({ ...options, note: isQuiet ? () => {} : note, servers: parseServers(name) });
+  const connectTo = (name: string) => new Remote({ ...options, servers: parseServers(name) });
   const server = serverOf(args);
   return {
     remote: connectTo(server),

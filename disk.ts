@@ -12,10 +12,11 @@ import {
   openSync,
   read,
   readFileSync,
+  readlinkSync,
   readSync,
   statfsSync,
+  symlinkSync,
   unlinkSync,
-  writeFileSync,
   writeSync,
   writev,
 } from "node:fs";
@@ -197,6 +198,7 @@ export function openLocked(path: string, mode = 0o666): number {
     const isOurs = isFile && tryLock(fd, path);
     if (isOurs && isStill(path, fd)) return fd;
     const holder = isFile ? holderOf(fd, path) : "something that is no file";
+    if (isOurs) unlock(fd, path);
     closeSync(fd);
     if (!isOurs) throw new Held(path, holder);
     // The one before us finished between our open and our lock: what we hold has got another name, or none.
@@ -205,21 +207,32 @@ export function openLocked(path: string, mode = 0o666): number {
 
 /**
  * Locks the open file `path` for whoever opened it: flock(2), which goes with its process, however that ends; without it
- * a file `PATH.lock` with the number of the process. False when somebody else has the lock.
+ * a link `PATH.lock` to the number of the process, which is made whole or not at all. False when somebody else has the lock.
  */
 export function tryLock(fd: number, path: string): boolean {
   const calls = libc();
   if (calls) return calls.lock(fd) !== -Errno.EAGAIN;
   const name = `${path}.lock`;
   try {
-    writeFileSync(name, String(process.pid), { flag: "wx" });
+    symlinkSync(String(process.pid), name);
     return true;
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
   }
-  if (isRunning(Number(readFileSync(name, "utf8")))) return false;
-  removeIfThere(name);
+  const holder = lockHolder(path);
+  if (holder !== undefined && isRunning(holder)) return false;
+  if (holder !== undefined) removeIfThere(name);
   return tryLock(fd, path);
+}
+
+/** The process that a `PATH.lock` names; undefined if it has just let go. */
+function lockHolder(path: string): number | undefined {
+  try {
+    return Number(readlinkSync(`${path}.lock`));
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
+    throw error;
+  }
 }
 
 export function unlock(fd: number, path: string): void {
@@ -250,7 +263,7 @@ export function isStill(name: string, fd: number): boolean {
 function holderOf(fd: number, path: string): string {
   const inode = `:${fstatSync(fd).ino}`;
   try {
-    if (!libc()) return `process ${Number(readFileSync(`${path}.lock`, "utf8"))}`;
+    if (!libc()) return `process ${lockHolder(path) ?? "that has just ended"}`;
     const line = readFileSync("/proc/locks", "utf8")
       .split("\n")
       .find((text) => text.split(/\s+/)[5]?.endsWith(inode));
@@ -263,10 +276,13 @@ function holderOf(fd: number, path: string): string {
 
 // ---------------------------------------------------------------------------------------------------- files
 
-/** Microseconds since 1970. Bun takes a number below zero for the present, but not a Date. */
+/**
+ * Microseconds since 1970. Bun takes a number below zero for the present, and cuts a Date to the millisecond, but reads a
+ * text as it is.
+ */
 export function setTime(fd: number, mtime: number): void {
-  // A quarter of a microsecond more, so that what a double loses does not make it the microsecond before.
-  const time = mtime < 0 ? new Date(mtime / 1000) : (mtime + 0.25) / 1e6;
+  // A part of a microsecond more, away from zero, so that what a double loses does not make it the one beside.
+  const time = mtime < 0 ? String((mtime - 0.5) / 1e6) : (mtime + 0.25) / 1e6;
   futimesSync(fd, time, time);
 }
 

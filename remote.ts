@@ -91,7 +91,8 @@ export type Supply = () => Promise<Exchange | undefined> | Exchange | undefined;
 export type PutOptions = Pick<Put, "path" | "id" | "noClobber" | "etag" | "parents">;
 
 export interface UploadHooks {
-  begin?(size: number, offset: number): void;
+  /** It is sent from `offset` on; what is before has this crc32. */
+  begin?(size: number, offset: number, crc32: number): void;
   /** So many bytes were sent, from the source's start, and have this crc32. */
   progress?(bytes: number, crc32: number): void;
 }
@@ -819,7 +820,7 @@ export class UploadExchange implements Exchange {
   readonly #hooks: UploadHooks;
   /** The server may hold something of it. */
   #begun: boolean;
-  /** All of it was sent, so that it may be done. */
+  /** All of it was sent once, so that it may be done, whatever has come of the answer. */
   #sentBytes: number | undefined;
   #offset = 0;
   /** Of what was sent, from the source's start. */
@@ -861,7 +862,7 @@ export class UploadExchange implements Exchange {
     this.#answered = false;
     this.#problem = undefined;
     this.#begun = true;
-    this.#hooks.begin?.(size, this.#offset);
+    this.#hooks.begin?.(size, this.#offset, this.#crc32);
     await peer.ask({ action: "put", ...this.#options, offset: this.#offset, size, mtime });
     try {
       await this.#send(peer);
@@ -883,7 +884,8 @@ export class UploadExchange implements Exchange {
       return false;
     } catch (error) {
       this.#answered = true;
-      this.#sentBytes = undefined;
+      // What was held went away, or got its name, between the question and the upload.
+      if (isOfOne(error) && error.code === "bad_range" && ++this.#restarts <= this.#remote.retries) return true;
       const problem = isOfOne(error) ? this.#problem : undefined;
       if (!problem) throw error;
       return this.#startAgain(problem);
@@ -924,6 +926,7 @@ export class UploadExchange implements Exchange {
     this.#remote.note(`${problem.message}; starting again`);
     this.#source.renew();
     this.#offset = this.#crc32 = 0;
+    this.#sentBytes = undefined;
     this.#begun = false;
     return true;
   }
@@ -945,7 +948,7 @@ export class UploadExchange implements Exchange {
     try {
       await peer.ask({ action: "stat", path: this.#options.path });
       const { kind, size, mtime, etag } = await peer.expect("meta");
-      const same = kind === "file" && mtime === this.#source.mtime && size === bytes;
+      const same = kind === "file" && mtime === this.#source.mtime && size === bytes && etag !== this.#options.etag;
       return same ? { kind, size, mtime, etag } : undefined;
     } catch (error) {
       if (isOfOne(error)) return undefined;

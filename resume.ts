@@ -62,6 +62,9 @@ export interface ResumeLog {
   /** Of an upload: the local file, and the name by which the server knows what it holds of it. */
   file?: string;
   id?: string;
+  /** And its condition, if it has one. */
+  noClobber?: boolean | undefined;
+  ifEtag?: string | undefined;
 }
 
 /** `bytes` are held from `offset` on, of what goes up to `end`. The first segment ends where the second begins. */
@@ -389,7 +392,7 @@ function isLog(log: ResumeLog): boolean {
   const isCount = (value: unknown) => Number.isSafeInteger(value) && (value as number) >= 0;
   const common = [log.path, log.server, log.etag].every(isText) && [log.size, log.bytes, log.crc32].every(isCount);
   if (!common || log.bytes > log.size || !Number.isSafeInteger(log.mtime)) return false;
-  if (log.command === "put") return isText(log.file) && isText(log.id);
+  if (log.command === "put") return isText(log.file) && /^[0-9a-f]{32}$/.test(String(log.id));
   return log.command === "get" && fitTogether(log);
 }
 

@@ -325,11 +325,14 @@ export class Session {
         await upload.settle();
         const whole = content.count === upload.bytes - offset && (size === UNKNOWN_SIZE || size === upload.bytes);
         if (whole) return;
+        upload.drop();
         throw new RepriseError("refused", `refused: ${quote(path)} ended at byte ${upload.bytes}, not as announced`);
       }
       this.#bytes += content.content.length;
-      if (offset + this.#bytes > size)
+      if (offset + this.#bytes > size) {
+        upload.drop();
         throw new RepriseError("refused", `refused: ${quote(path)} is longer than announced`);
+      }
       await upload.append(content.content, content.crc32, free);
       await this.#pace?.take(content.content.length);
       if (this.#worker.stopping) throw new RepriseError("shutting_down");

@@ -124,6 +124,7 @@ export class FolderLine {
   readonly #name: string;
   readonly #tally: FolderTally;
   readonly #rate = new Rate();
+  readonly #startedAt = performance.now();
   #drawnAt = 0;
 
   constructor(name: string, tally: FolderTally) {
@@ -139,7 +140,9 @@ export class FolderLine {
     const { files, plannedFiles, bytes, plannedBytes, isPlanned } = this.#tally;
     const rate = this.#rate.measure(now, bytes);
     const all = `${plannedFiles.toLocaleString("en")}${isPlanned ? "" : "+"}`;
-    const left = isPlanned && rate >= 1 ? `${formatDuration((plannedBytes - bytes) / rate)} left` : "";
+    // What little has gone in the first second tells nothing.
+    const isKnown = isPlanned && rate >= 1 && now - this.#startedAt > 1000;
+    const left = isKnown ? `${formatDuration((plannedBytes - bytes) / rate)} left` : "";
     drawLine(this.#name, [
       `${files.toLocaleString("en")} of ${all} files`,
       formatSize(bytes),

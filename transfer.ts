@@ -262,7 +262,7 @@ export async function putOne(context: Context, file: string, path: string, setti
   try {
     const done = (meta: Meta, offset: number) => printDone(context, { path, file, ...meta, offset, started });
     const complete = settings.etag === "" ? await ifPut(context.remote, source, path) : undefined;
-    const log = new UploadLog(settings.directory, file, path, context.server);
+    const log = new UploadLog(settings, file, path, context.server);
     if (complete) {
       log.remove();
       return done(complete, complete.size);
@@ -331,10 +331,10 @@ async function putFile(
         put,
         source,
         {
-          begin(size, offset) {
+          begin(size, offset, crc32) {
             if (offset < start) hooks.begin({ size }, offset);
             start = Math.min(start, offset);
-            if (isLogged) log.begin(source, offset);
+            if (isLogged) log.begin(source, offset, crc32);
           },
           progress(bytes, crc32) {
             hooks.progress(bytes);
@@ -360,6 +360,8 @@ export function newId(): string {
 /** Folders that were made for logs, and go with the last of them. */
 const madeFolders = new Set<string>();
 
+type LogSettings = Pick<PutSettings, "directory" | "noClobber"> & Partial<Pick<PutSettings, "etag">>;
+
 /** The JSON log of an upload, in the folder where `resume` looks for it. */
 export class UploadLog {
   readonly #name: string;
@@ -368,7 +370,7 @@ export class UploadLog {
   #savedBytes = 0;
   #savedAt = 0;
 
-  constructor(directory: string, file: string, path: string, server: string) {
+  constructor({ directory, noClobber, etag = "" }: LogSettings, file: string, path: string, server: string) {
     const whole = resolve(file);
     const hash = Bun.hash.xxHash64(`${whole}\0${server}\0${path}`).toString(16);
     this.#directory = directory;
@@ -384,6 +386,8 @@ export class UploadLog {
       mtime: 0,
       bytes: 0,
       crc32: 0,
+      noClobber: noClobber || undefined,
+      ifEtag: etag || undefined,
     };
   }
 
@@ -395,16 +399,18 @@ export class UploadLog {
   resumes(source: FileSource): boolean {
     const log = readLog(this.#name);
     if (log === undefined) return false;
-    const problem = typeof log === "string" ? log : log.etag === source.etag ? "" : `${quote(source.name)} has changed`;
+    const isOurs = typeof log === "object" && log.command === "put" && log.etag === source.etag;
+    const problem = isOurs ? "" : typeof log === "string" ? log : `${quote(source.name)} has changed`;
     if (problem !== "") say("warn", `${problem}; starting again`);
     if (problem !== "" || typeof log === "string") return false;
-    this.#log = log;
+    const { noClobber, ifEtag } = this.#log;
+    this.#log = { ...log, noClobber, ifEtag };
     return true;
   }
 
-  begin(source: FileSource, bytes: number): void {
+  begin(source: FileSource, bytes: number, crc32: number): void {
     const { etag, size, mtime } = source;
-    this.#log = { ...this.#log, etag, size, mtime, bytes, crc32: bytes === 0 ? 0 : this.#log.crc32 };
+    this.#log = { ...this.#log, etag, size, mtime, bytes, crc32 };
     this.#save();
   }
 
@@ -457,7 +463,7 @@ export async function resumeAll(context: Context, directory: string): Promise<nu
     const log = readLog(name);
     if (log === undefined) return;
     const file = name.slice(0, -LOG_SUFFIX.length);
-    if (typeof log === "string") throw new RepriseError("local", `${log}; get ${quote(file)} again`);
+    if (typeof log === "string") throw new RepriseError("local", `${log}; remove it, and start that transfer again`);
     const server = context.isNamed ? context.server : log.server;
     const remote = context.connectTo(server);
     try {
@@ -477,7 +483,8 @@ async function resumeOne(context: Context, log: ResumeLog, file: string, directo
   say("info", `resuming ${printable(name)} ${where} at ${formatSize(held)} of ${formatSize(log.size)}`);
   if (!isPut) return getOne(context, log.path, file, (log.segments?.length ?? 0) + 1);
   // The log is found by what it is about, and so by the server that was named first.
-  return putOne({ ...context, server: log.server }, name, log.path, { noClobber: false, etag: "", directory });
+  const { noClobber = false, ifEtag: etag = "" } = log;
+  return putOne({ ...context, server: log.server }, name, log.path, { noClobber, etag, directory });
 }
 
 async function findLogs(directory: string): Promise<string[]> {

@@ -193,16 +193,16 @@ abstract class Transfer {
     await print(this.context.json ? toJson({ action, path, size }) : `${action} ${printable(path)}`);
   }
 
-  /** Another connection; only one of several says what happens to it. */
-  protected connect(isQuiet = false): Remote {
-    return this.context.connectTo(this.context.server, isQuiet);
+  /** Another connection to the server. */
+  protected connect(): Remote {
+    return this.context.connectTo(this.context.server);
   }
 
   /** Runs the exchanges over as many connections as there are jobs, and no more than there are exchanges. */
   protected async share(batches: AsyncIterator<Exchange[]>, beforeWait?: () => Promise<void>): Promise<void> {
     const shared = new Shared(batches);
     const count = await shared.countUpTo(this.context.jobs);
-    const remotes = Array.from({ length: count }, (_, index) => this.connect(index > 0));
+    const remotes = Array.from({ length: count }, () => this.connect());
     let failure: unknown;
     await Promise.all(
       remotes.map(async (remote) => {
@@ -764,7 +764,7 @@ class TreeUpload extends Transfer {
   /** Of a file that is there: a kill may have come before its log was removed. */
   #tidy(item: LocalItem): undefined {
     if (item.kind === "folder" || item.size <= MAX_WHOLE_BYTES || this.options.dryRun) return;
-    new UploadLog(this.options.directory, fileOf(item), this.pathOf(item.path), this.context.server).remove();
+    new UploadLog(this.options, fileOf(item), this.pathOf(item.path), this.context.server).remove();
   }
 
   #store(item: LocalItem): Exchange {
@@ -939,8 +939,7 @@ class StoreLarge implements Exchange {
     const path = this.#tree.pathOf(this.#item.path);
     const source = new FileSource(file);
     // What travels in one frame is not worth a log.
-    const log =
-      source.size > MAX_CONTENT_BYTES ? new UploadLog(options.directory, file, path, context.server) : undefined;
+    const log = source.size > MAX_CONTENT_BYTES ? new UploadLog(options, file, path, context.server) : undefined;
     const resumes = log?.resumes(source) ?? false;
     const put = { path, id: log?.id ?? "", noClobber: options.noClobber, parents: true, etag: "" };
     this.#source = source;
@@ -975,10 +974,10 @@ class StoreLarge implements Exchange {
 
   #hooks(source: FileSource, log: UploadLog | undefined): UploadHooks {
     return {
-      begin: (_, offset) => {
+      begin: (_, offset, crc32) => {
         this.#start = Math.min(this.#start, offset);
         this.#sent = offset;
-        log?.begin(source, offset);
+        log?.begin(source, offset, crc32);
       },
       progress: (bytes, crc32) => {
         this.#tree.moved(bytes - this.#sent);

@@ -55,16 +55,16 @@ export class FileSource implements Source {
   }
 
   renew(): void {
-    if (this.#fd >= 0) closeSync(this.#fd);
+    this.close();
     this.#fd = openSource(this.name);
     const stat = fstatSync(this.#fd, { bigint: true });
     this.size = Number(stat.size);
     this.mtime = Number(stat.mtimeNs / 1000n);
     this.etag = etagOf(stat);
     if (stat.isFile()) return;
-    closeSync(this.#fd);
-    const what = stat.isDirectory() ? "a folder; use -r" : "no file";
-    throw new RepriseError("local", `cannot send ${quote(this.name)}: ${what}`);
+    this.close();
+    if (stat.isDirectory()) throw new RepriseError("not_a_file", `not a file: ${quote(this.name)} is a folder; use -r`);
+    throw new RepriseError("local", `cannot send ${quote(this.name)}: it is no file`);
   }
 
   async read(offset: number, into: Uint8Array): Promise<number> {
@@ -87,7 +87,8 @@ export class FileSource implements Source {
   }
 
   close(): void {
-    closeSync(this.#fd);
+    if (this.#fd >= 0) closeSync(this.#fd);
+    this.#fd = -1;
   }
 }
 

@@ -117,13 +117,16 @@ export interface ServerOptions {
   env?: Record<string, string>;
   port?: number;
   cwd?: string;
+  /** A command that runs the server, as `nice -n 5` would. */
+  runBy?: string[];
 }
 
 /** Starts the real server on `root` and returns when it listens. */
 export async function startServer(root: string, options: ServerOptions = {}): Promise<Server> {
-  const { args = [], env = {}, port = 0, cwd = HOME } = options;
+  const { args = [], env = {}, port = 0, cwd = HOME, runBy = [] } = options;
   const child = Bun.spawn({
     cmd: [
+      ...runBy,
       process.execPath,
       join(HOME, "server.ts"),
       root,
@@ -248,17 +251,29 @@ export interface ClientRun {
 
 export interface ClientOptions {
   cwd?: string;
-  stdin?: string;
+  stdin?: string | Uint8Array;
   env?: Record<string, string>;
+  /** A command that runs the client, as `nice -n 5` would. */
+  runBy?: string[];
 }
 
 /** Starts the real client; `server` goes into REPRISE_SERVER. */
 export function spawnClient(server: string, args: string[], options: ClientOptions = {}) {
   return Bun.spawn({
-    cmd: [process.execPath, join(HOME, "client.ts"), ...args],
+    cmd: [...(options.runBy ?? []), process.execPath, join(HOME, "client.ts"), ...args],
     cwd: options.cwd ?? HOME,
     env: { ...process.env, REPRISE_SERVER: server, ...options.env },
-    stdio: [options.stdin === undefined ? "ignore" : new Blob([options.stdin]), "pipe", "pipe"],
+    stdio: [options.stdin === undefined ? "ignore" : new Blob([options.stdin as string]), "pipe", "pipe"],
+  });
+}
+
+/** The same with standard input that the test writes. */
+export function spawnFedClient(server: string, args: string[], env: Record<string, string> = {}) {
+  return Bun.spawn({
+    cmd: [process.execPath, join(HOME, "client.ts"), ...args],
+    cwd: HOME,
+    env: { ...process.env, REPRISE_SERVER: server, ...env },
+    stdio: ["pipe", "pipe", "pipe"],
   });
 }
 
@@ -275,14 +290,15 @@ export async function runClient(server: string, args: string[], options: ClientO
 
 // ---------------------------------------------------------------------------------------------------- wire
 
-/** What a proxy does to the bytes on their way to the client; it sees each piece with the place of its first byte. */
+/** What a proxy does to the bytes on their way; it sees each piece with the place of its first byte. */
 export interface ProxyOptions {
   target: number;
   /** Returns the bytes to pass on, or undefined to cut the connection. */
   toClient?: (bytes: Uint8Array, offset: number, connection: number) => Uint8Array | undefined;
+  toServer?: (bytes: Uint8Array, offset: number, connection: number) => Uint8Array | undefined;
 }
 
-/** A TCP proxy on a free port that can spoil what the server sends. */
+/** A TCP proxy on a free port that can spoil what either side sends. */
 export function startProxy(options: ProxyOptions): { port: number; address: string; connections: number } & Disposable {
   interface Side {
     other: Socket<Side> | undefined;
@@ -291,7 +307,7 @@ export function startProxy(options: ProxyOptions): { port: number; address: stri
     number: number;
     ended: boolean;
   }
-  const { target, toClient = (bytes) => bytes } = options;
+  const { target, toClient = (bytes) => bytes, toServer = (bytes) => bytes } = options;
   const all = new Set<Socket<Side>>();
   const newSide = (number = 0): Side => ({ other: undefined, waiting: [], offset: 0, number, ended: false });
   const flush = (socket: Socket<Side>) => {
@@ -354,7 +370,14 @@ export function startProxy(options: ProxyOptions): { port: number; address: stri
           },
         }).catch(() => client.terminate());
       },
-      data: (client, bytes) => pass(client, new Uint8Array(bytes)),
+      data(client, bytes) {
+        const { offset, number } = client.data;
+        client.data.offset += bytes.length;
+        const passed = toServer(new Uint8Array(bytes), offset, number);
+        if (passed) return pass(client, passed);
+        client.data.other?.terminate();
+        client.terminate();
+      },
       drain: flush,
       close: gone,
       error: gone,

@@ -6,6 +6,7 @@ import {
   BufferPool,
   crc32Combine,
   decodeAnswer,
+  decodeContent,
   decodeHello,
   decodeRequest,
   EntriesEncoder,
@@ -18,16 +19,20 @@ import {
   encodeMeta,
   encodeRedirect,
   encodeRequest,
+  encodeSum,
+  encodeWait,
   encodeWelcome,
   type Frame,
   FrameDecoder,
   HEADER_BYTES,
   MAX_ANSWER_BYTES,
+  MAX_CONTENT_BYTES,
   quote,
   RepriseError,
   type Request,
   splitPath,
   TO_THE_END,
+  UNKNOWN_SIZE,
 } from "../protocol.ts";
 import { randomBytes } from "./fixtures.ts";
 
@@ -53,6 +58,10 @@ function list(...entries: Parameters<EntriesEncoder["add"]>[0][]): Uint8Array {
   return encoder.rest()!;
 }
 
+/** An upload's: 32 hexadecimal digits. */
+const ID = "ab".repeat(16);
+const ID_HEX = "6162".repeat(16);
+
 describe("golden bytes", () => {
   test("HELLO", () => {
     expect(hex(encodeHello({ token: "ab" }))).toBe(
@@ -71,6 +80,59 @@ describe("golden bytes", () => {
     [{ action: "stat", path: "f" }, "00000003 12 6558cf81 0001 66"],
     [{ action: "status" }, "00000000 13 429cb6c3"],
     [{ action: "quit" }, "00000000 1f 4b2afae8"],
+    [
+      {
+        action: "put",
+        offset: 5,
+        size: 2 ** 40,
+        mtime: -1,
+        noClobber: true,
+        parents: false,
+        id: ID,
+        etag: "xy",
+        path: "a/b",
+      },
+      `00000044 20 76986a1f 0000000000000005 0000010000000000 ffffffffffffffff 01 0020 ${ID_HEX} 0002 7879 0003 612f62`,
+    ],
+    [
+      {
+        action: "put",
+        offset: 0,
+        size: UNKNOWN_SIZE,
+        mtime: 1,
+        noClobber: false,
+        parents: false,
+        id: "",
+        etag: "",
+        path: "f",
+      },
+      "00000020 20 04895f5c 0000000000000000 001fffffffffffff 0000000000000001 00 0000 0000 0001 66",
+    ],
+    [
+      {
+        ...{
+          action: "put",
+          offset: 0,
+          size: 2,
+          mtime: 1,
+          noClobber: false,
+          parents: true,
+          id: "",
+          etag: "",
+          path: "f",
+        },
+        content: bytesOf("6869"),
+      },
+      "00000022 20 22ed50f6 0000000000000000 0000000000000002 0000000000000001 06 0000 0000 0001 66 6869",
+    ],
+    [{ action: "remove", path: "d", recursive: true }, "00000004 21 6a41a369 01 0001 64"],
+    [{ action: "remove", path: "f", recursive: false }, "00000004 21 3cf3a520 00 0001 66"],
+    [{ action: "move", path: "a", to: "b/c", overwrite: true }, "00000009 22 0cbbef88 01 0001 61 0003 622f63"],
+    [{ action: "move", path: "a", to: "b", overwrite: false }, "00000007 22 a0ba466e 00 0001 61 0001 62"],
+    [{ action: "mkdir", path: "a/b", parents: true }, "00000006 23 72e17e2f 01 0003 612f62"],
+    [{ action: "mkdir", path: "é", parents: false }, "00000005 23 7cd37be6 00 0002 c3a9"],
+    [{ action: "sums", id: ID, path: "" }, `00000024 24 bd5cb8b5 0020 ${ID_HEX} 0000`],
+    [{ action: "sums", id: "", path: "f" }, "00000005 24 9045f5dd 0000 0001 66"],
   ];
   test.each(requests)("%o", (request, golden) => {
     expect(hex(encodeRequest(request))).toBe(hex(bytesOf(golden)));
@@ -117,10 +179,26 @@ describe("golden bytes", () => {
       { type: "entries", entries: [entry] },
     ],
     ["INFO", encodeInfo({ a: 1 }), "00000007 87 8d3d54b4 7b2261223a317d", { type: "info", info: { a: 1 } }],
+    [
+      "SUM",
+      encodeSum(2 ** 24, 0xdeadbeef),
+      "0000000c 88 8801ea32 0000000001000000 deadbeef",
+      { type: "sum", length: 2 ** 24, crc32: 0xdeadbeef },
+    ],
+    ["WAIT", encodeWait(), "00000000 89 5246cc99", { type: "wait" }],
   ];
   test.each(answers)("%s", (_, encoded, golden, answer) => {
     expect(hex(encoded)).toBe(hex(bytesOf(golden)));
     expect(decodeAnswer(onlyFrame(bytesOf(golden)))).toEqual(answer);
+  });
+
+  test("DATA and END to the server", () => {
+    const content = { type: "data", crc32: 0xb6cc4292, content: bytesOf("0102") } as const;
+    expect(decodeContent(onlyFrame(bytesOf("00000002 84 264cf4c4 0102")))).toEqual(content);
+    expect(decodeContent(onlyFrame(bytesOf("00000008 85 c774131b 0000000000000102")))).toEqual({
+      type: "end",
+      count: 258,
+    });
   });
 
   test("error numbers are each used once", () => {
@@ -195,11 +273,12 @@ describe("FrameDecoder", () => {
     }
   });
 
-  test("a payload from the pool stays as it is until it is given back", () => {
-    const pool = new BufferPool(1090 + 2 * HEADER_BYTES);
-    const decoder = new FrameDecoder({ maxLength: 1090, pool });
-    const first = data(new Uint8Array(1000).fill(1));
-    const second = data(new Uint8Array(1000).fill(2));
+  test("a large payload is from the pool, and stays as it is until it is given back", () => {
+    const bytes = MAX_CONTENT_BYTES / 2;
+    const pool = new BufferPool(bytes + 2 * HEADER_BYTES);
+    const decoder = new FrameDecoder({ maxLength: bytes, pool });
+    const first = data(new Uint8Array(bytes).fill(1));
+    const second = data(new Uint8Array(bytes).fill(2));
     decoder.push(first.subarray(0, 500));
     expect(decoder.next()).toBeUndefined();
     decoder.push(Buffer.concat([first.subarray(500), second.subarray(0, 300)]));
@@ -210,7 +289,19 @@ describe("FrameDecoder", () => {
     expect(new Set(one.payload)).toEqual(new Set([1]));
     expect(new Set(two.payload)).toEqual(new Set([2]));
     pool.give(one.payload);
-    expect(pool.take(10)!.buffer).toBe(one.payload.buffer as ArrayBuffer);
+    expect(pool.take(10)!.buffer === one.payload.buffer).toBe(true);
+  });
+
+  test("a small payload is not from the pool", () => {
+    const pool = new BufferPool(4096);
+    const decoder = new FrameDecoder({ maxLength: 1000, pool });
+    const frame = data(new Uint8Array(1000));
+    decoder.push(frame.subarray(0, 500));
+    expect(decoder.next()).toBeUndefined();
+    decoder.push(frame.subarray(500));
+    const { payload } = decoder.next()!;
+    pool.give(payload);
+    expect(pool.take(10)!.buffer === payload.buffer).toBe(false);
   });
 
   test("gives all messages or an error, and never a crash (200,000 seeded streams, half with a flipped bit)", () => {
@@ -263,9 +354,40 @@ describe("decoding refuses", () => {
     ["bytes left over", "00000004 12 55dd344c 0001 66 00"],
     ["an unknown type", "00000000 2f 6df3ca44"],
     ["an answer as a request", "00000008 85 c774131b 0000000000000102"],
+    [
+      "a PUT of more than 2^53-1 bytes",
+      "00000020 20 af0ea0f0 0000000000000000 0020000000000000 0000000000000001 00 0000 0000 0001 66",
+    ],
+    [
+      "a PUT from a negative offset on",
+      "00000020 20 b337456f ffffffffffffffff 0000000000000001 0000000000000001 00 0000 0000 0001 66",
+    ],
+    [
+      "a PUT with a time before -2^53",
+      "00000020 20 61cb9e9c 0000000000000000 0000000000000001 8000000000000000 00 0000 0000 0001 66",
+    ],
+    [
+      "a PUT with an etag of 256 bytes",
+      `00000120 20 5dd82105 0000000000000000 0000000000000001 0000000000000001 00 0000 0100 ${"00".repeat(256)} 0001 66`,
+    ],
+    [
+      "a PUT with content that it does not announce",
+      "00000022 20 2ff320b1 0000000000000000 0000000000000002 0000000000000001 00 0000 0000 0001 66 6869",
+    ],
+    ["a MOVE with one path", "00000004 22 e5374a53 00 0001 61"],
+    ["bytes left over in a MKDIR", "00000005 23 4dae0098 00 0001 61 00"],
+    ["content as a request", "00000002 84 264cf4c4 0102"],
   ];
   test.each(refused)("%s", (_, bytes) => {
     expect(() => decodeRequest(onlyFrame(bytesOf(bytes)))).toThrow("not the reprise protocol");
+  });
+
+  test.each([
+    ["a request in the middle of an upload", "00000003 11 ca279543 00 0000"],
+    ["a DATA without content", "00000000 84 2cf7b024"],
+    ["bytes left over in an END", "00000009 85 b3c1b446 0000000000000001 00"],
+  ])("%s", (_, bytes) => {
+    expect(() => decodeContent(onlyFrame(bytesOf(bytes)))).toThrow("not the reprise protocol");
   });
 
   test("a HELLO without its magic, but not one of another version", () => {
