@@ -278,13 +278,13 @@ describe("put", () => {
         expect(run.errors.trim().split("\n").length).toBe(1);
       }
     }
-    for (const [file, words] of [
-      [join(it.folder, "none"), "it is not there"],
-      [join(small, "x"), "a part of the path is a file"],
-      [it.folder, "a folder"],
+    for (const [file, status, words] of [
+      [join(it.folder, "none"), 7, "it is not there"],
+      [join(small, "x"), 7, "a part of the path is a file"],
+      [it.folder, 4, "a folder; use -r"],
     ] as const) {
       const run = await it.put(file);
-      expect(run.status).toBe(7);
+      expect(run.status).toBe(status);
       expect(run.errors).toContain(words);
     }
     expectOnly(it, "d", "file");
@@ -897,9 +897,9 @@ describe("a source that changes", () => {
   });
 
   test.each([
-    ["removed", () => {}, "it is not there"],
-    ["made a folder", (file: string) => mkdirSync(file), "a folder"],
-  ])("and is then %s: status 7 and one line", async (_, replace, words) => {
+    ["removed", 7, () => {}, "it is not there"],
+    ["made a folder", 4, (file: string) => mkdirSync(file), "a folder"],
+  ])("and is then %s: status %i and one line", async (_, status, replace, words) => {
     await using it = await setUp();
     const file = it.source("f", randomBytes(SIZE));
     const child = spawnClient(it.address, ["put", file, "-d", it.logs, "--limit-rate", "24M"]);
@@ -907,7 +907,7 @@ describe("a source that changes", () => {
     damage(file, 10);
     rmSync(file);
     replace(file);
-    expect(await child.exited).toBe(7);
+    expect(await child.exited).toBe(status);
     const errors = await new Response(child.stderr).text();
     expect(errors).toContain(words);
     expect(errors.trim().split("\n").length).toBe(2);
