@@ -78,7 +78,7 @@ const get = command({
     const isFolder = isTree && roots.length === 1 && (await context.remote.stat(only!.path)).kind === "folder";
     if (only && roots.length === 1 && !isFolder)
       return getOne(context, only.path, output ?? join(directory, only.name), segments);
-    const { getAll } = await import("./tree.ts");
+    const { getAll } = await import("./treeget.ts");
     const options = { ...TREE, recursive: isTree, directory };
     await finish(
       output === undefined
@@ -149,7 +149,7 @@ const put = command({
     }
     const roots: LocalRoot[] = files.map((file) => ({ file, name: isFolder ? nameOf(file) : "" }));
     checkTwins(roots.map(({ file, name }) => ({ source: file, destination: remoteJoin(path, name) })));
-    const { putAll } = await import("./tree.ts");
+    const { putAll } = await import("./treeput.ts");
     await finish(putAll(context, roots, path, { ...TREE, ...settings, recursive: isTree }));
   }),
 });
@@ -203,10 +203,9 @@ const sync = command({
       force: args.force === true,
       directory: String(args.directory),
     };
-    const { getAll, putAll } = await import("./tree.ts");
     const run = args.up
-      ? putAll(context, [{ file: local, name: "" }], path, options)
-      : getAll(context, [{ path, name: "" }], local, options);
+      ? (await import("./treeput.ts")).putAll(context, [{ file: local, name: "" }], path, options)
+      : (await import("./treeget.ts")).getAll(context, [{ path, name: "" }], local, options);
     await finish(run, !options.dryRun);
   }),
 });

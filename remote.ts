@@ -5,11 +5,11 @@
  * A download goes to a `Target`, which remembers how much it holds of which version; after any failure the transfer goes
  * on at the first byte that the target does not hold.
  */
-import { ChunkSize, type Connection, type ConnectOptions, connect, formatAddress, Pace, sleep } from "./connection.ts";
+import { type Connection, type ConnectOptions, connect, formatAddress, Pace, sleep } from "./connection.ts";
+import { Dropped, type Exchange, Pipeline, retryMs, type Supply } from "./pipeline.ts";
 import {
   type Answer,
   BufferPool,
-  crc32Combine,
   DEFAULT_PORT,
   decodeAnswer,
   type Entry,
@@ -23,7 +23,6 @@ import {
   MAX_ANSWER_BYTES,
   MAX_CONTENT_BYTES,
   type Meta,
-  type Put,
   quote,
   RepriseError,
   type Request,
@@ -31,18 +30,12 @@ import {
   TO_THE_END,
 } from "./protocol.ts";
 import type { Target } from "./resume.ts";
-import { type Source, SourceChanged } from "./upload.ts";
+import type { Source } from "./source.ts";
+import { type PutOptions, UploadExchange, type UploadHooks } from "./upload.ts";
 
 const MAX_REDIRECTS = 5;
-/** The first wait before trying again; each further one is twice as long, up to the last, with jitter. */
-const FIRST_RETRY_MS = 200;
-const LAST_RETRY_MS = 10_000;
 /** In the middle of a large frame the process waits this long for the rest of it before others get their turn. */
 const DIRECT_WAIT_MS = 1;
-/** Requests that are under way on one connection at a time: at 100 ms of round trip, for 40,000 small files a second. */
-const MAX_UNDER_WAY = 4096;
-/** As END's count: what was sent before is not to be used. */
-const GIVEN_UP = Number.MAX_SAFE_INTEGER;
 /** At a limited rate, so many chunks a second. */
 const PACED_CHUNKS = 8;
 /** At a limited rate, one request asks for what this long brings. */
@@ -68,33 +61,6 @@ export interface RemoteOptions {
   signal?: AbortSignal | undefined;
   /** Told of what does not end a call: another attempt, another start. */
   note?: (text: string) => void;
-}
-
-/** A request and its answer, as one of many that are under way together: see `Remote.run`. */
-export interface Exchange {
-  /** Local preparation, before each `ask`, if there is any. */
-  open?(): Promise<void> | undefined;
-  /** What must have been answered before `ask`, if anything; nothing else is then under way. */
-  preparation?(): ((peer: Peer) => Promise<void>) | undefined;
-  /** Sends the request, again on a new connection if the first was lost. Throws only what ends the connection. */
-  ask(peer: Peer): Promise<void> | undefined;
-  /** Takes its answer, all of it. Returns true if it must be asked once more. */
-  take(peer: Peer): Promise<boolean> | boolean;
-  /** It cannot be done. */
-  failed(error: RepriseError): void;
-}
-
-/** Gives exchanges one by one, at once where it can, and undefined at the end. */
-export type Supply = () => Promise<Exchange | undefined> | Exchange | undefined;
-
-/** What an upload is to become, and under which condition. */
-export type PutOptions = Pick<Put, "path" | "id" | "noClobber" | "etag" | "parents">;
-
-export interface UploadHooks {
-  /** It is sent from `offset` on; what is before has this crc32. */
-  begin?(size: number, offset: number, crc32: number): void;
-  /** So many bytes were sent, from the source's start, and have this crc32. */
-  progress?(bytes: number, crc32: number): void;
 }
 
 export interface DownloadHooks {
@@ -440,15 +406,6 @@ class Redirected extends Error {
   }
 }
 
-/** The rest of an answer is not worth receiving: the next request goes over another connection. */
-export class Dropped extends Error {
-  readonly problem: RepriseError;
-  constructor(problem: RepriseError) {
-    super(problem.message);
-    this.problem = problem;
-  }
-}
-
 interface PeerOptions {
   signal: AbortSignal;
   pool: BufferPool;
@@ -660,300 +617,6 @@ export class Peer {
     if (answer.type === "error") throw answer.error;
     if (answer.type === "redirect") throw new Redirected(answer);
     return answer;
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------- pipeline
-
-/** Exchanges over whatever connections it takes: one loop asks, another takes the answers. */
-class Pipeline {
-  readonly #supply: Supply;
-  readonly #retries: number;
-  readonly #signal: AbortSignal | undefined;
-  /** Asked, in the order of their answers. */
-  #underWay: Exchange[] = [];
-  /** To be asked again. */
-  #again: Exchange[] = [];
-  readonly #tries = new Map<Exchange, number>();
-  #changed: PromiseWithResolvers<void> | undefined;
-  #allAsked = false;
-  #isCut = false;
-
-  constructor(supply: Supply, retries: number, signal?: AbortSignal) {
-    this.#supply = supply;
-    this.#retries = retries;
-    this.#signal = signal;
-  }
-
-  async run(peer: Peer): Promise<void> {
-    this.#again = [...this.#underWay.splice(0), ...this.#again];
-    this.#allAsked = this.#isCut = false;
-    const loops = [this.#askAll(peer), this.#takeAll(peer)];
-    try {
-      await Promise.all(loops);
-    } catch (error) {
-      // The other loop must not go on behind the next attempt's back.
-      this.#isCut = true;
-      peer.close();
-      this.#tell();
-      await Promise.allSettled(loops);
-      throw error;
-    }
-  }
-
-  /** No promise is made where nothing is waited for: with many small files that is most of the work. */
-  async #askAll(peer: Peer): Promise<void> {
-    for (;;) {
-      const next = this.#again.shift() ?? this.#supply();
-      const exchange = next instanceof Promise ? await next : next;
-      if (exchange) {
-        const asking = this.#askOne(peer, exchange);
-        if (asking) await asking;
-      } else if (this.#underWay.length > 0)
-        await this.#until(() => this.#underWay.length === 0 || this.#again.length > 0);
-      else break;
-    }
-    this.#allAsked = true;
-    this.#tell();
-  }
-
-  #askOne(peer: Peer, exchange: Exchange): Promise<void> | undefined {
-    try {
-      const opening = exchange.open?.();
-      const isSimple = !opening && !exchange.preparation && this.#underWay.length < MAX_UNDER_WAY;
-      if (!isSimple) return this.#prepareAndAsk(peer, exchange, opening);
-    } catch (error) {
-      return this.#refuseOrThrow(exchange, error);
-    }
-    return this.#send(peer, exchange);
-  }
-
-  async #prepareAndAsk(peer: Peer, exchange: Exchange, opening: Promise<void> | undefined): Promise<void> {
-    try {
-      await opening;
-      const prepare = exchange.preparation?.();
-      if (prepare) {
-        await this.#until(() => this.#underWay.length === 0);
-        await prepare(peer);
-      }
-      await this.#until(() => this.#underWay.length < MAX_UNDER_WAY);
-    } catch (error) {
-      return this.#refuseOrThrow(exchange, error);
-    }
-    await this.#send(peer, exchange);
-  }
-
-  #send(peer: Peer, exchange: Exchange): Promise<void> | undefined {
-    this.#underWay.push(exchange);
-    this.#tell();
-    return exchange.ask(peer);
-  }
-
-  async #refuseOrThrow(exchange: Exchange, error: unknown): Promise<void> {
-    if (isOfOne(error)) return this.#refuse(exchange, error);
-    this.#again.unshift(exchange);
-    throw error;
-  }
-
-  async #takeAll(peer: Peer): Promise<void> {
-    for (;;) {
-      const exchange = this.#underWay[0];
-      if (!exchange && this.#allAsked) return;
-      if (!exchange) {
-        await this.#until(() => this.#underWay.length > 0 || this.#allAsked);
-        continue;
-      }
-      try {
-        const taken = exchange.take(peer);
-        if (typeof taken === "boolean" ? taken : await taken) this.#again.push(exchange);
-      } catch (error) {
-        if (error instanceof Dropped) {
-          this.#underWay.shift();
-          exchange.failed(error.problem);
-        }
-        if (!isOfOne(error)) throw error;
-        await this.#refuse(exchange, error);
-      }
-      this.#underWay.shift();
-      this.#tell();
-    }
-  }
-
-  /** It may be another time's turn, a few times, or it cannot be done. */
-  async #refuse(exchange: Exchange, error: RepriseError): Promise<void> {
-    const tries = (this.#tries.get(exchange) ?? 0) + 1;
-    if (!ERRORS[error.code].retry || tries > this.#retries) return exchange.failed(error);
-    this.#tries.set(exchange, tries);
-    await sleep(retryMs(tries), this.#signal);
-    this.#again.push(exchange);
-  }
-
-  async #until(condition: () => boolean): Promise<void> {
-    while (!condition()) {
-      if (this.#isCut) throw new RepriseError("lost");
-      this.#changed ??= Promise.withResolvers();
-      await this.#changed.promise;
-    }
-  }
-
-  #tell(): void {
-    this.#changed?.resolve();
-    this.#changed = undefined;
-  }
-}
-
-/** Whether an error is about one request, and the connection can go on. */
-function isOfOne(error: unknown): error is RepriseError {
-  return error instanceof RepriseError && !ERRORS[error.code].closes;
-}
-
-/** The wait before so many-th attempt after the first: twice as long each time, up to a limit, with jitter. */
-function retryMs(failures: number): number {
-  return Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** (failures - 1)) * (0.75 + Math.random() / 2);
-}
-
-/** An upload, gone on with over whatever connections it takes. */
-export class UploadExchange implements Exchange {
-  readonly #remote: Remote;
-  readonly #options: PutOptions;
-  readonly #source: Source;
-  readonly #hooks: UploadHooks;
-  /** The server may hold something of it. */
-  #begun: boolean;
-  /** All of it was sent once, so that it may be done, whatever has come of the answer. */
-  #sentBytes: number | undefined;
-  #offset = 0;
-  /** Of what was sent, from the source's start. */
-  #crc32 = 0;
-  #restarts = 0;
-  #at = 0;
-  #answered = false;
-  /** Why it was given up in the middle. */
-  #problem: RepriseError | undefined;
-  #meta: Meta | undefined;
-  #error: RepriseError | undefined;
-
-  constructor(remote: Remote, options: PutOptions, source: Source, hooks: UploadHooks, begun: boolean) {
-    this.#remote = remote;
-    this.#options = options;
-    this.#source = source;
-    this.#hooks = hooks;
-    this.#begun = begun;
-  }
-
-  /** The new version. Throws why there is none. */
-  result(): Meta {
-    if (this.#meta) return this.#meta;
-    throw this.#error ?? new Error("The upload has not been run");
-  }
-
-  /** Finds out how much of the source the server holds, or whether it was done already. */
-  preparation() {
-    if (!this.#begun) return undefined;
-    return async (peer: Peer) => {
-      if (this.#sentBytes !== undefined) this.#meta = await this.#findDone(peer, this.#sentBytes);
-      if (!this.#meta) this.#offset = this.#options.id === "" ? 0 : await this.#agreed(peer);
-    };
-  }
-
-  async ask(peer: Peer): Promise<void> {
-    if (this.#meta) return;
-    const { size, mtime } = this.#source;
-    this.#answered = false;
-    this.#problem = undefined;
-    this.#begun = true;
-    this.#hooks.begin?.(size, this.#offset, this.#crc32);
-    await peer.ask({ action: "put", ...this.#options, offset: this.#offset, size, mtime });
-    try {
-      await this.#send(peer);
-      this.#source.verify();
-    } catch (error) {
-      if (!(error instanceof RepriseError) || error.code !== "local") throw error;
-      this.#problem = error;
-      return peer.end(GIVEN_UP);
-    }
-    if (!this.#answered) this.#sentBytes = this.#at;
-    await peer.end(this.#at - this.#offset);
-  }
-
-  async take(peer: Peer): Promise<boolean> {
-    if (this.#meta) return false;
-    try {
-      const { type: _, offset: _offset, ...meta } = await peer.expect("meta");
-      this.#meta = meta;
-      return false;
-    } catch (error) {
-      this.#answered = true;
-      // What was held went away, or got its name, between the question and the upload.
-      if (isOfOne(error) && error.code === "bad_range" && ++this.#restarts <= this.#remote.retries) return true;
-      const problem = isOfOne(error) ? this.#problem : undefined;
-      if (!problem) throw error;
-      return this.#startAgain(problem);
-    }
-  }
-
-  failed(error: RepriseError): void {
-    this.#error = error;
-  }
-
-  async #send(peer: Peer): Promise<void> {
-    const most = this.#remote.chunkBytes;
-    const size = new ChunkSize(most);
-    const frame = new Uint8Array(HEADER_BYTES + most);
-    this.#at = this.#offset;
-    while (!this.#answered) {
-      const startedAt = performance.now();
-      const want = Math.min(size.bytes, this.#source.size - this.#at);
-      const content = frame.subarray(HEADER_BYTES, HEADER_BYTES + want);
-      const count = want === 0 ? 0 : await this.#source.read(this.#at, content);
-      if (count === 0) break;
-      const crc32 = await peer.content(frame.subarray(0, HEADER_BYTES + count));
-      peer.progress = true;
-      this.#at += count;
-      this.#crc32 = crc32Combine(this.#crc32, crc32, count);
-      this.#hooks.progress?.(this.#at, this.#crc32);
-      size.took(performance.now() - startedAt);
-      await peer.pace(count);
-    }
-  }
-
-  /** What changed is sent again from its start, a few times. Throws the problem where that is no way out. */
-  #startAgain(problem: RepriseError): true {
-    if (!(problem instanceof SourceChanged)) throw problem;
-    if (++this.#restarts > this.#remote.retries) {
-      throw new RepriseError("local", `${problem.message}, again and again; put it when it is at rest`);
-    }
-    this.#remote.note(`${problem.message}; starting again`);
-    this.#source.renew();
-    this.#offset = this.#crc32 = 0;
-    this.#sentBytes = undefined;
-    this.#begun = false;
-    return true;
-  }
-
-  /** The position up to which the server holds what the source holds. */
-  async #agreed(peer: Peer): Promise<number> {
-    let offset = 0;
-    this.#crc32 = 0;
-    for (const { length, crc32 } of await peer.sums(this.#options.id, "")) {
-      if ((await this.#source.sum(offset, length)) !== crc32) break;
-      offset += length;
-      this.#crc32 = crc32Combine(this.#crc32, crc32, length);
-    }
-    return offset;
-  }
-
-  /** The version of the source, if it is under its name: then only the answer was lost. */
-  async #findDone(peer: Peer, bytes: number): Promise<Meta | undefined> {
-    try {
-      await peer.ask({ action: "stat", path: this.#options.path });
-      const { kind, size, mtime, etag } = await peer.expect("meta");
-      const same = kind === "file" && mtime === this.#source.mtime && size === bytes && etag !== this.#options.etag;
-      return same ? { kind, size, mtime, etag } : undefined;
-    } catch (error) {
-      if (isOfOne(error)) return undefined;
-      throw error;
-    }
   }
 }
 

@@ -8,7 +8,7 @@ import { formatSize, isoTime, print, printable, say, showsProgress, usage } from
 import { type Context, forEach, interruption, isInterruption } from "./context.ts";
 import { removeIfThere } from "./disk.ts";
 import { type Entry, MAX_CONTENT_BYTES, type Meta, quote, RepriseError, splitPath, toJson } from "./protocol.ts";
-import type { DownloadHooks, PutOptions, Remote } from "./remote.ts";
+import type { DownloadHooks, Remote } from "./remote.ts";
 import {
   asLocal,
   LOG_SUFFIX,
@@ -21,7 +21,8 @@ import {
   type Target,
   writeLog,
 } from "./resume.ts";
-import { FileSource, StreamSource } from "./upload.ts";
+import { FileSource, StreamSource } from "./source.ts";
+import type { PutOptions } from "./upload.ts";
 
 /** An upload's log is written again after so many bytes or milliseconds. */
 const SAVE_BYTES = 16 * 1024 * 1024;

@@ -1,218 +1,167 @@
 /**
- * What an upload is read from: a file, which can be read again from anywhere, or a stream, of which the last stretch is
- * kept so that a lost connection can be gone on with.
+ * An upload as an exchange: content goes out while an early refusal is listened for, and after a lost connection it goes
+ * on at the first byte that the server does not hold.
  */
-import { closeSync, constants, fstatSync, openSync } from "node:fs";
-import { crc32Of, readFully, readSome } from "./disk.ts";
-import { quote, RepriseError, SUM_BYTES, UNKNOWN_SIZE } from "./protocol.ts";
-import { etagOf } from "./storage.ts";
+import { ChunkSize } from "./connection.ts";
+import { type Exchange, isOfOne } from "./pipeline.ts";
+import { crc32Combine, HEADER_BYTES, type Meta, type Put, RepriseError } from "./protocol.ts";
+import type { Peer, Remote } from "./remote.ts";
+import { type Source, SourceChanged } from "./source.ts";
 
-/**
- * What a stream keeps to send again: what can be under way when a connection is lost, which the socket buffers of both
- * sides bound (by default 4 and 6 MiB), and before it one stretch that a checksum tells about.
- */
-const KEPT_BYTES = 32 * 1024 * 1024;
+/** As END's count: what was sent before is not to be used. */
+const GIVEN_UP = Number.MAX_SAFE_INTEGER;
 
-/** How long after the end of a stream a signal may still come. */
-const SIGNAL_MS = 20;
+/** What an upload is to become, and under which condition. */
+export type PutOptions = Pick<Put, "path" | "id" | "noClobber" | "etag" | "parents">;
 
-export interface Source {
-  readonly name: string;
-  /** Bytes, or UNKNOWN_SIZE. */
-  readonly size: number;
-  /** Microseconds since 1970. */
-  readonly mtime: number;
-  /** Fills `into` from `offset` on; less than that only at the end. Throws `local`. */
-  read(offset: number, into: Uint8Array): Promise<number>;
-  /** The crc32 of a range that was read before; undefined where there is none such. */
-  sum(offset: number, length: number): Promise<number | undefined>;
-  /** Throws `SourceChanged` if what was read was not one version. */
-  verify(): void;
-  /** Takes the present version instead. */
-  renew(): void;
-  close(): void;
+export interface UploadHooks {
+  /** It is sent from `offset` on; what is before has this crc32. */
+  begin?(size: number, offset: number, crc32: number): void;
+  /** So many bytes were sent, from the source's start, and have this crc32. */
+  progress?(bytes: number, crc32: number): void;
 }
 
-/** The file that is being sent has become another. */
-export class SourceChanged extends RepriseError {
-  constructor(name: string) {
-    super("local", `${quote(name)} changed while it was sent`);
-  }
-}
+/** An upload, gone on with over whatever connections it takes. */
+export class UploadExchange implements Exchange {
+  readonly #remote: Remote;
+  readonly #options: PutOptions;
+  readonly #source: Source;
+  readonly #hooks: UploadHooks;
+  /** The server may hold something of it. */
+  #begun: boolean;
+  /** All of it was sent once, so that it may be done, whatever has come of the answer. */
+  #sentBytes: number | undefined;
+  #offset = 0;
+  /** Of what was sent, from the source's start. */
+  #crc32 = 0;
+  #restarts = 0;
+  #at = 0;
+  #answered = false;
+  /** Why it was given up in the middle. */
+  #problem: RepriseError | undefined;
+  #meta: Meta | undefined;
+  #error: RepriseError | undefined;
 
-export class FileSource implements Source {
-  readonly name: string;
-  size = 0;
-  mtime = 0;
-  /** Of this version of the file. */
-  etag = "";
-  #fd = -1;
-
-  /** Throws `local`: not there, no permission, not a file. */
-  constructor(name: string) {
-    this.name = name;
-    this.renew();
-  }
-
-  renew(): void {
-    this.close();
-    this.#fd = openSource(this.name);
-    const stat = fstatSync(this.#fd, { bigint: true });
-    this.size = Number(stat.size);
-    this.mtime = Number(stat.mtimeNs / 1000n);
-    this.etag = etagOf(stat);
-    if (stat.isFile()) return;
-    this.close();
-    if (stat.isDirectory()) throw new RepriseError("not_a_file", `not a file: ${quote(this.name)} is a folder; use -r`);
-    throw new RepriseError("local", `cannot send ${quote(this.name)}: it is no file`);
+  constructor(remote: Remote, options: PutOptions, source: Source, hooks: UploadHooks, begun: boolean) {
+    this.#remote = remote;
+    this.#options = options;
+    this.#source = source;
+    this.#hooks = hooks;
+    this.#begun = begun;
   }
 
-  async read(offset: number, into: Uint8Array): Promise<number> {
+  /** The new version. Throws why there is none. */
+  result(): Meta {
+    if (this.#meta) return this.#meta;
+    throw this.#error ?? new Error("The upload has not been run");
+  }
+
+  /** Finds out how much of the source the server holds, or whether it was done already. */
+  preparation() {
+    if (!this.#begun) return undefined;
+    return async (peer: Peer) => {
+      if (this.#sentBytes !== undefined) this.#meta = await this.#findDone(peer, this.#sentBytes);
+      if (!this.#meta) this.#offset = this.#options.id === "" ? 0 : await this.#agreed(peer);
+    };
+  }
+
+  async ask(peer: Peer): Promise<void> {
+    if (this.#meta) return;
+    const { size, mtime } = this.#source;
+    this.#answered = false;
+    this.#problem = undefined;
+    this.#begun = true;
+    this.#hooks.begin?.(size, this.#offset, this.#crc32);
+    await peer.ask({ action: "put", ...this.#options, offset: this.#offset, size, mtime });
     try {
-      return await readFully(this.#fd, into, offset);
+      await this.#send(peer);
+      this.#source.verify();
     } catch (error) {
-      throw asLocalSource(error, this.name);
+      if (!(error instanceof RepriseError) || error.code !== "local") throw error;
+      this.#problem = error;
+      return peer.end(GIVEN_UP);
+    }
+    if (!this.#answered) this.#sentBytes = this.#at;
+    await peer.end(this.#at - this.#offset);
+  }
+
+  async take(peer: Peer): Promise<boolean> {
+    if (this.#meta) return false;
+    try {
+      const { type: _, offset: _offset, ...meta } = await peer.expect("meta");
+      this.#meta = meta;
+      return false;
+    } catch (error) {
+      this.#answered = true;
+      // What was held went away, or got its name, between the question and the upload.
+      if (isOfOne(error) && error.code === "bad_range" && ++this.#restarts <= this.#remote.retries) return true;
+      const problem = isOfOne(error) ? this.#problem : undefined;
+      if (!problem) throw error;
+      return this.#startAgain(problem);
     }
   }
 
-  sum(offset: number, length: number): Promise<number | undefined> {
-    return crc32Of(this.#fd, offset, length);
+  failed(error: RepriseError): void {
+    this.#error = error;
   }
 
-  /** Removed or replaced under its name, it still is the version it was: only what touches the content counts. */
-  verify(): void {
-    const stat = fstatSync(this.#fd, { bigint: true });
-    const same = Number(stat.size) === this.size && Number(stat.mtimeNs / 1000n) === this.mtime;
-    if (!same) throw new SourceChanged(this.name);
-  }
-
-  close(): void {
-    if (this.#fd >= 0) closeSync(this.#fd);
-    this.#fd = -1;
-  }
-}
-
-/** Standard input, a pipe, a device. */
-export class StreamSource implements Source {
-  readonly name: string;
-  readonly size = UNKNOWN_SIZE;
-  readonly mtime = Math.floor((performance.timeOrigin + performance.now()) * 1000);
-  readonly #fd: number;
-  readonly #expected: number | undefined;
-  readonly #kept = new Uint8Array(KEPT_BYTES);
-  /** Of each whole stretch of SUM_BYTES; the last is that of what there is of it. */
-  readonly #sums: number[] = [];
-  /** How much has been read from the stream. */
-  #end = 0;
-
-  /** `expected` bytes, where the user knows how many it must be. */
-  constructor(fd: number, name: string, expected?: number) {
-    this.#fd = fd;
-    this.name = name;
-    this.#expected = expected;
-  }
-
-  async read(offset: number, into: Uint8Array): Promise<number> {
-    if (offset < this.#end) return this.#readKept(offset, into);
-    let have = 0;
-    while (have < into.length) {
-      const count = await this.#readMore(into.subarray(have));
-      if (count === 0) {
-        // What ends us by a signal ends the stream's other side as well: its end must not pass for that of the content.
-        await Bun.sleep(SIGNAL_MS);
-        break;
-      }
-      this.#keep(into.subarray(have, have + count));
-      have += count;
-    }
-    return have;
-  }
-
-  async sum(offset: number, length: number): Promise<number | undefined> {
-    if (length === SUM_BYTES && offset + length <= this.#end) return this.#sums[offset / SUM_BYTES];
-    if (offset + length === this.#end) return this.#sums.at(-1);
-    if (offset < this.#end - KEPT_BYTES || offset + length > this.#end) return undefined;
-    const bytes = new Uint8Array(length);
-    this.#copyKept(offset, bytes);
-    return Bun.hash.crc32(bytes);
-  }
-
-  verify(): void {
-    if (this.#expected === undefined || this.#expected === this.#end) return;
-    throw new RepriseError(
-      "local",
-      `${this.name} ended after ${this.#end} bytes, not ${this.#expected}; nothing was put`,
-    );
-  }
-  renew(): void {}
-  close(): void {}
-
-  async #readMore(into: Uint8Array): Promise<number> {
-    for (;;) {
-      try {
-        return await readSome(this.#fd, into, null);
-      } catch (error) {
-        if ((error as NodeJS.ErrnoException).code !== "EAGAIN") throw asLocalSource(error, this.name);
-        // Some other process has set the pipe to not block.
-        await Bun.sleep(5);
-      }
+  async #send(peer: Peer): Promise<void> {
+    const most = this.#remote.chunkBytes;
+    const size = new ChunkSize(most);
+    const frame = new Uint8Array(HEADER_BYTES + most);
+    this.#at = this.#offset;
+    while (!this.#answered) {
+      const startedAt = performance.now();
+      const want = Math.min(size.bytes, this.#source.size - this.#at);
+      const content = frame.subarray(HEADER_BYTES, HEADER_BYTES + want);
+      const count = want === 0 ? 0 : await this.#source.read(this.#at, content);
+      if (count === 0) break;
+      const crc32 = await peer.content(frame.subarray(0, HEADER_BYTES + count));
+      peer.progress = true;
+      this.#at += count;
+      this.#crc32 = crc32Combine(this.#crc32, crc32, count);
+      this.#hooks.progress?.(this.#at, this.#crc32);
+      size.took(performance.now() - startedAt);
+      await peer.pace(count);
     }
   }
 
-  #readKept(offset: number, into: Uint8Array): number {
-    if (offset < this.#end - KEPT_BYTES) {
-      throw new RepriseError(
-        "local",
-        `${this.name} cannot be read again from byte ${offset}, which the server has lost`,
-      );
+  /** What changed is sent again from its start, a few times. Throws the problem where that is no way out. */
+  #startAgain(problem: RepriseError): true {
+    if (!(problem instanceof SourceChanged)) throw problem;
+    if (++this.#restarts > this.#remote.retries) {
+      throw new RepriseError("local", `${problem.message}, again and again; put it when it is at rest`);
     }
-    const count = Math.min(into.length, this.#end - offset);
-    this.#copyKept(offset, into.subarray(0, count));
-    return count;
+    this.#remote.note(`${problem.message}; starting again`);
+    this.#source.renew();
+    this.#offset = this.#crc32 = 0;
+    this.#sentBytes = undefined;
+    this.#begun = false;
+    return true;
   }
 
-  #keep(bytes: Uint8Array): void {
-    for (let at = 0; at < bytes.length; ) {
-      const start = this.#end % KEPT_BYTES;
-      const index = Math.floor(this.#end / SUM_BYTES);
-      const room = Math.min(KEPT_BYTES - start, SUM_BYTES - (this.#end % SUM_BYTES));
-      const piece = bytes.subarray(at, at + room);
-      this.#kept.set(piece, start);
-      this.#sums[index] = Bun.hash.crc32(piece, this.#sums[index] ?? 0);
-      this.#end += piece.length;
-      at += piece.length;
+  /** The position up to which the server holds what the source holds. */
+  async #agreed(peer: Peer): Promise<number> {
+    let offset = 0;
+    this.#crc32 = 0;
+    for (const { length, crc32 } of await peer.sums(this.#options.id, "")) {
+      if ((await this.#source.sum(offset, length)) !== crc32) break;
+      offset += length;
+      this.#crc32 = crc32Combine(this.#crc32, crc32, length);
+    }
+    return offset;
+  }
+
+  /** The version of the source, if it is under its name: then only the answer was lost. */
+  async #findDone(peer: Peer, bytes: number): Promise<Meta | undefined> {
+    try {
+      await peer.ask({ action: "stat", path: this.#options.path });
+      const { kind, size, mtime, etag } = await peer.expect("meta");
+      const same = kind === "file" && mtime === this.#source.mtime && size === bytes && etag !== this.#options.etag;
+      return same ? { kind, size, mtime, etag } : undefined;
+    } catch (error) {
+      if (isOfOne(error)) return undefined;
+      throw error;
     }
   }
-
-  #copyKept(offset: number, into: Uint8Array): void {
-    for (let at = 0; at < into.length; ) {
-      const start = (offset + at) % KEPT_BYTES;
-      const piece = this.#kept.subarray(start, Math.min(KEPT_BYTES, start + into.length - at));
-      into.set(piece, at);
-      at += piece.length;
-    }
-  }
-}
-
-function openSource(name: string): number {
-  try {
-    return openSync(name, constants.O_RDONLY | constants.O_NONBLOCK);
-  } catch (error) {
-    throw asLocalSource(error, name);
-  }
-}
-
-const READ_REASONS: Record<string, string> = {
-  ENOENT: "it is not there",
-  ENOTDIR: "a part of the path is a file",
-  EACCES: "no permission",
-  EPERM: "no permission",
-  EISDIR: "a folder; use -r",
-  ELOOP: "links in a circle",
-};
-
-export function asLocalSource(error: unknown, name: string): RepriseError {
-  if (error instanceof RepriseError) return error;
-  const { code, message } = error as NodeJS.ErrnoException;
-  return new RepriseError("local", `cannot read ${quote(name)}: ${READ_REASONS[code ?? ""] ?? message}`, error);
 }

@@ -41,7 +41,7 @@ import {
 } from "../protocol.ts";
 import { Remote } from "../remote.ts";
 import { LOG_SUFFIX, type ResumeLog, type Target } from "../resume.ts";
-import type { Source } from "../upload.ts";
+import type { Source } from "../source.ts";
 import {
   type ClientOptions,
   connectRaw,
