@@ -157,7 +157,8 @@ export class Changes {
     for (const name of readdirSync(this.#staging)) {
       const path = `${this.#staging}/${name}`;
       const [kind, pid] = name.split("-");
-      if (kind === "trash") await rm(path, { recursive: true, force: true });
+      // What cannot be removed keeps nothing else from it.
+      if (kind === "trash") await rm(path, { recursive: true, force: true }).catch(() => {});
       else if (kind === "new" && !isRunning(Number(pid))) removeIfThere(path);
       else if (kind === "put" && !name.endsWith(".lock")) sweepUpload(path, now);
     }
@@ -225,8 +226,11 @@ export class Changes {
   #check(put: Put): Stats | undefined {
     const folders = new Folders(this.#root);
     try {
-      if (put.parents) this.#makeParents(put.path, folders);
       return checkTarget(put, folders.parentOf(put.path).path);
+    } catch (error) {
+      // They are made with the file, under the lock, and synced.
+      if (put.parents && error instanceof RepriseError && error.code === "not_found") return undefined;
+      throw this.#wrap(error, put.path);
     } finally {
       folders.close();
     }
@@ -319,7 +323,8 @@ export class Upload {
     if (request.id === "") return new Upload(request, staged, create(staged), wrap);
     const fd = openLocked(staged.path);
     const { size } = fstatSync(fd);
-    if (size < request.offset) {
+    if (size >= request.offset) ftruncateSync(fd, request.offset);
+    else {
       if (size === 0) removeIfThere(staged.path);
       unlock(fd, staged.path);
       closeSync(fd);
@@ -333,7 +338,6 @@ export class Upload {
     this.request = request;
     this.staged = staged;
     this.fd = fd;
-    if (request.id !== "") ftruncateSync(fd, request.offset);
     const wrapHere = (error: unknown) => wrap(error, request.path);
     this.#queue = new WriteQueue(fd, { seekable: true, wrap: wrapHere, bytes: request.offset });
   }

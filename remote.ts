@@ -262,9 +262,19 @@ export class Remote {
     const supply = Array.isArray(exchanges) ? () => exchanges.shift() : exchanges;
     const pipeline = new Pipeline(supply, this.#options.retries, this.#signal);
     return this.#call(async (peer) => {
-      peer.beforeWait = beforeWait;
+      // What fails beside the answers is no answer's failure: taken for one, all further answers went to the wrong names.
+      let problem: unknown;
+      peer.beforeWait =
+        beforeWait &&
+        (() =>
+          beforeWait().catch((error) => {
+            problem ??= error;
+            throw new RepriseError("lost", undefined, error);
+          }));
       try {
         await pipeline.run(peer);
+      } catch (error) {
+        throw problem ?? error;
       } finally {
         peer.beforeWait = undefined;
       }
@@ -295,6 +305,8 @@ export class Remote {
       try {
         await peer.expect("end");
       } catch (error) {
+        // Said unasked, before the request was read.
+        if (error instanceof RepriseError && ["idle", "busy", "shutting_down"].includes(error.code)) asked = again;
         if (!again || !(error instanceof RepriseError) || !(await isDone(error, peer))) throw error;
       }
     });

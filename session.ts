@@ -156,7 +156,7 @@ export class Session {
     for (;;) {
       this.#state = "waiting";
       const frame = this.#ready() ?? (await this.#next());
-      if (!frame) return;
+      if (!frame) return this.#apply();
       const request = decodeRequest(frame);
       this.#state = "answering";
       if (request.action === "get" && this.#answerNow(request)) {
@@ -301,6 +301,7 @@ export class Session {
     this.#ended = request.content !== undefined;
     if (!this.#ended) this.#connection.maxLength = MAX_CONTENT_BYTES;
     if (!changes) throw readOnly();
+    const timer = this.#ended ? undefined : setInterval(() => this.#sayWait(), WAIT_MS);
     const upload = changes.receive(request, request.size <= MAX_CONTENT_BYTES);
     try {
       if (request.content) {
@@ -314,6 +315,8 @@ export class Session {
       await upload.settle().catch(() => {});
       upload.close();
       throw error;
+    } finally {
+      clearInterval(timer);
     }
   }
 
@@ -366,7 +369,11 @@ export class Session {
     this.#pending = [];
     const timer = setInterval(() => this.#sayWait(), WAIT_MS);
     try {
-      const outcomes = await changes.apply(group.map(({ change }) => change));
+      // Each has its answer, whatever happens: one too few, and all behind it would be taken for another's.
+      const outcomes = await changes.apply(group.map(({ change }) => change)).catch((error) => {
+        this.#statusOf(error);
+        return group.map(() => asReprise(error));
+      });
       for (const [index, { change, startedAt, bytes }] of group.entries()) {
         const outcome = outcomes[index];
         await this.#connection.send(encodeOutcome(outcome));

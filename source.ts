@@ -75,8 +75,12 @@ export class FileSource implements Source {
     }
   }
 
-  sum(offset: number, length: number): Promise<number | undefined> {
-    return crc32Of(this.#fd, offset, length);
+  async sum(offset: number, length: number): Promise<number | undefined> {
+    try {
+      return await crc32Of(this.#fd, offset, length);
+    } catch (error) {
+      throw asLocalSource(error, this.name);
+    }
   }
 
   /** Removed or replaced under its name, it still is the version it was: only what touches the content counts. */

@@ -148,8 +148,11 @@ class FolderRoot implements Root {
     return this.#inMemory && stat.dev === this.#device;
   }
 
-  list(path: string, recursive: boolean): AsyncGenerator<Entry[]> {
-    return this.#list(path, "", recursive, new Turn());
+  async *list(path: string, recursive: boolean): AsyncGenerator<Entry[]> {
+    const turn = new Turn();
+    yield* this.#list(path, "", recursive, turn);
+    // A list without what is in them must not pass for whole: `sync --delete` would remove it elsewhere.
+    if (turn.refused) throw turn.refused;
   }
 
   /** The folder `below`, relative to `path`, which is the one that was asked for. */
@@ -179,6 +182,7 @@ class FolderRoot implements Root {
       yield* this.#list(path, below, true, turn);
     } catch (error) {
       if (!(error instanceof RepriseError) || error.code === "failed") throw error;
+      if (error.code === "refused") turn.refused ??= error;
     }
   }
 
@@ -364,6 +368,8 @@ function join(folder: string, below: string): string {
 /** Cuts what may be a million entries into stretches of `TURN_MS`. */
 class Turn {
   #endsAt = performance.now() + TURN_MS;
+  /** Of the folders that may not be read, the first. */
+  refused: RepriseError | undefined;
 
   get isOver(): boolean {
     return performance.now() >= this.#endsAt;

@@ -302,15 +302,25 @@ export function* walk(
   for (let folder = waiting.pop(); folder !== undefined; folder = waiting.pop()) {
     for (const name of namesIn(join(root, folder), failures)) {
       const path = remoteJoin(folder, name);
-      const found = lookLocally(join(root, path));
-      if (!found)
-        failures.add(new RepriseError("local", `cannot read ${quote(join(root, path))}: it is not there any more`));
-      else if (found.kind === "other" || isHidden(name) || isUnfinished(name)) leftOut();
+      const found = lookOrFail(join(root, path), failures);
+      if (!found) continue;
+      if (found.kind === "other" || isHidden(name) || isUnfinished(name)) leftOut();
       else {
         if (found.kind === "folder" && enter(path)) waiting.push(path);
         yield { path, kind: found.kind, size: found.size, mtime: found.mtime };
       }
     }
+  }
+}
+
+function lookOrFail(file: string, failures: Failures): ReturnType<typeof lookLocally> {
+  try {
+    const found = lookLocally(file);
+    if (found) return found;
+    throw new RepriseError("local", `cannot read ${quote(file)}: it is not there any more`);
+  } catch (error) {
+    failures.add(error);
+    return undefined;
   }
 }
 
@@ -323,19 +333,27 @@ function namesIn(folder: string, failures: Failures): string[] {
   }
 }
 
-/** Whether a local file has these checksums, and no more. */
+/** Whether a local file has these checksums, and no more. Throws `local`. */
 export async function sameContent(sums: { length: number; crc32: number }[], file: string): Promise<boolean> {
-  const fd = openSync(file, constants.O_RDONLY);
   try {
-    let at = 0;
-    for (const { length, crc32 } of sums) {
-      if ((await crc32Of(fd, at, length)) !== crc32) return false;
-      at += length;
+    const fd = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK);
+    try {
+      return await hasSums(fd, sums);
+    } finally {
+      closeSync(fd);
     }
-    return at === fstatSync(fd).size;
-  } finally {
-    closeSync(fd);
+  } catch (error) {
+    throw asLocalSource(error, file);
   }
+}
+
+async function hasSums(fd: number, sums: { length: number; crc32: number }[]): Promise<boolean> {
+  let at = 0;
+  for (const { length, crc32 } of sums) {
+    if ((await crc32Of(fd, at, length)) !== crc32) return false;
+    at += length;
+  }
+  return at === fstatSync(fd).size;
 }
 
 export function emptySource(path: string, where: string): RepriseError {

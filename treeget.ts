@@ -58,6 +58,7 @@ class Download extends Transfer {
   readonly #cleared = new Set<string>();
   #isCut = false;
   #cuts = 0;
+  #filesAtCut = 0;
   #names: LocalNames;
   /** For checksums, since the list has its connection for itself. */
   #other: Remote | undefined;
@@ -161,6 +162,9 @@ class Download extends Transfer {
   /** After a list that was cut in the middle all is gone through once more: what has come meanwhile is there. */
   #listsAgain(error: unknown): boolean {
     const isLoss = error instanceof RepriseError && ERRORS[error.code].retry;
+    // What has come since the last cut counts as elsewhere: the attempts begin anew.
+    if (this.tally.files > this.#filesAtCut) this.#cuts = 0;
+    this.#filesAtCut = this.tally.files;
     if (!isLoss || this.options.dryRun || ++this.#cuts > this.context.remote.retries) return false;
     this.context.remote.note(`${error.message}; asking for the rest of the list`);
     this.#isCut = true;
@@ -186,6 +190,7 @@ class Download extends Transfer {
   /** At once for what is not there, which with many files is most. */
   #consider(item: Item): Exchange | undefined | Promise<Exchange | undefined> {
     checkName(item.path);
+    splitPath(item.remote);
     this.#seen?.add(item.path);
     const here = this.#names.has(item.path) ? lookLocally(this.fileOf(item.path)) : undefined;
     if (this.isLeft(item, here)) return this.#tidy(item);
@@ -310,13 +315,13 @@ class Fetch implements Exchange {
     const answer = peer.peekNow();
     if (answer?.type !== "file") return this.#takeAnswer(peer);
     peer.drop();
-    return this.#takeWhole(answer);
+    return this.#takeWhole(peer, answer);
   }
 
   async #takeAnswer(peer: Peer): Promise<boolean> {
     try {
       await peer.peek();
-      if (peer.peekNow()?.type === "file") return this.#takeWhole(await peer.expect("file"));
+      if (peer.peekNow()?.type === "file") return await this.#takeWhole(peer, await peer.expect("file"));
       const { kind, size, mtime, etag, offset } = await peer.expect("meta");
       this.#meta = { kind, size, mtime, etag };
       checkMeta(this.#meta, offset, this.#asked);
@@ -369,8 +374,14 @@ class Fetch implements Exchange {
   }
 
   /** Content that came in one frame. */
-  #takeWhole({ kind, size, mtime, etag, content }: Meta & { content: Uint8Array }): Promise<boolean> | boolean {
-    if (this.#part) throw new RepriseError("bad_frame", "the server sends a whole file for a part");
+  #takeWhole(
+    peer: Peer,
+    { kind, size, mtime, etag, content }: Meta & { content: Uint8Array },
+  ): Promise<boolean> | boolean {
+    if (this.#part && this.#part.bytes > 0)
+      throw new RepriseError("bad_frame", "the server sends a whole file for a part");
+    this.#part?.discard();
+    this.#closePart();
     this.#meta = { kind, size, mtime, etag };
     checkMeta(this.#meta, 0, this.#asked);
     this.#offset = 0;
@@ -382,7 +393,8 @@ class Fetch implements Exchange {
       throw error;
     }
     this.#tree.moved(size);
-    return this.#tree.add(upload, this)?.then(() => false) ?? false;
+    const [added, pace] = [this.#tree.add(upload, this), peer.pace(size)];
+    return added || pace ? Promise.all([added, pace]).then(() => false) : false;
   }
 
   async #takeSmall(peer: Peer, { size, mtime }: Meta): Promise<false> {

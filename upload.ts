@@ -35,6 +35,7 @@ export class UploadExchange implements Exchange {
   /** Of what was sent, from the source's start. */
   #crc32 = 0;
   #restarts = 0;
+  #agreedBytes = 0;
   #at = 0;
   #answered = false;
   /** Why it was given up in the middle. */
@@ -60,8 +61,8 @@ export class UploadExchange implements Exchange {
   preparation() {
     if (!this.#begun) return undefined;
     return async (peer: Peer) => {
-      if (this.#sentBytes !== undefined) this.#meta = await this.#findDone(peer, this.#sentBytes);
-      if (!this.#meta) this.#offset = this.#options.id === "" ? 0 : await this.#agreed(peer);
+      this.#offset = this.#options.id === "" ? 0 : await this.#agreed(peer);
+      if (this.#offset === 0 && this.#sentBytes !== undefined) this.#meta = await this.#findDone(peer, this.#sentBytes);
     };
   }
 
@@ -117,7 +118,6 @@ export class UploadExchange implements Exchange {
       const count = want === 0 ? 0 : await this.#source.read(this.#at, content);
       if (count === 0) break;
       const crc32 = await peer.content(frame.subarray(0, HEADER_BYTES + count));
-      peer.progress = true;
       this.#at += count;
       this.#crc32 = crc32Combine(this.#crc32, crc32, count);
       this.#hooks.progress?.(this.#at, this.#crc32);
@@ -149,6 +149,8 @@ export class UploadExchange implements Exchange {
       offset += length;
       this.#crc32 = crc32Combine(this.#crc32, crc32, length);
     }
+    if (offset > this.#agreedBytes) peer.progress = true;
+    this.#agreedBytes = Math.max(this.#agreedBytes, offset);
     return offset;
   }
 
