@@ -23,7 +23,7 @@ export const common = {
   "limit-rate": { type: "string", valueHint: "rate", description: "Bytes a second at the most, as in 500K or 10M" },
   jobs: { type: "string", valueHint: "number", default: "2", description: "Connections that share a folder's files" },
   quiet: { type: "boolean", alias: "q", description: "Say nothing but errors" },
-  progress: { type: "boolean", default: true, negativeDescription: "Draw no progress line" },
+  progress: { type: "boolean", default: true, description: "A progress line on a terminal" },
   json: { type: "boolean", description: "One JSON object a line on stdout" },
 } as const;
 

@@ -316,8 +316,9 @@ export function removeIfThere(name: string): void {
   try {
     unlinkSync(name);
   } catch (error) {
-    // A name too long for a log has none.
-    if (!["ENOENT", "ENAMETOOLONG"].includes((error as NodeJS.ErrnoException).code ?? "")) throw error;
+    // A name too long for a log has none, and what is not there need not be writable.
+    const isGone = ["ENOENT", "ENAMETOOLONG", "ENOTDIR"].includes((error as NodeJS.ErrnoException).code ?? "");
+    if (!isGone && lstatSync(name, { throwIfNoEntry: false })) throw error;
   }
 }
 

@@ -95,12 +95,15 @@ export interface Target {
 
 export const PART_SUFFIX = ".part";
 export const LOG_SUFFIX = ".resume.json";
+export const LOCK_SUFFIX = ".lock";
 /** A log on its way to replace another. */
 const NEW_LOG_SUFFIX = `${LOG_SUFFIX}.new`;
 
 /** Whether a name is one that an unfinished transfer leaves: never listed, sent or taken for a file of the user's. */
 export function isUnfinished(name: string): boolean {
-  return [PART_SUFFIX, `${PART_SUFFIX}.lock`, LOG_SUFFIX, NEW_LOG_SUFFIX].some((suffix) => name.endsWith(suffix));
+  return [PART_SUFFIX, PART_SUFFIX + LOCK_SUFFIX, LOG_SUFFIX, LOG_SUFFIX + LOCK_SUFFIX, NEW_LOG_SUFFIX].some((suffix) =>
+    name.endsWith(suffix),
+  );
 }
 
 // ---------------------------------------------------------------------------------------------------- file
@@ -364,6 +367,7 @@ export function writeLog(name: string, log: ResumeLog): void {
     writeFileSync(`${name}.new`, `${JSON.stringify(log)}\n`);
     renameSync(`${name}.new`, name);
   } catch (error) {
+    removeIfThere(`${name}.new`);
     throw asLocal(error, name.slice(0, -LOG_SUFFIX.length));
   }
 }
@@ -478,7 +482,7 @@ export class StreamTarget implements Target {
   #etag = "";
 
   constructor(fd: number, name: string) {
-    this.#queue = new WriteQueue(fd, { seekable: false, wrap: (error) => asLocal(error, name) });
+    this.#queue = new WriteQueue(fd, { seekable: false, wrap: (error) => asLocalStream(error, name) });
   }
   get etag(): string {
     return this.#etag;
@@ -505,6 +509,12 @@ export class StreamTarget implements Target {
 }
 
 // ---------------------------------------------------------------------------------------------------- errors
+
+/** The same of what goes into a stream: nothing of that is kept. */
+function asLocalStream(error: unknown, name: string): RepriseError {
+  if ((error as NodeJS.ErrnoException).code !== "ENOSPC") return asLocal(error, name);
+  return new RepriseError("local", `cannot write ${quote(name)}: no room is left there`, error);
+}
 
 const LOCAL_REASONS: Record<string, string> = {
   ENOSPC: "the disk is full; what has arrived is kept, make room and get it again",

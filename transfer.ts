@@ -6,11 +6,12 @@ import { closeSync, mkdirSync, open, readdirSync, rmdirSync, type Stats, statSyn
 import { basename, join, resolve } from "node:path";
 import { formatSize, isoTime, print, printable, say, showsProgress, usage } from "./command.ts";
 import { type Context, forEach, interruption, isInterruption } from "./context.ts";
-import { removeIfThere } from "./disk.ts";
+import { Held, openLocked, removeIfThere, unlock } from "./disk.ts";
 import { type Entry, MAX_CONTENT_BYTES, type Meta, quote, RepriseError, splitPath, toJson } from "./protocol.ts";
 import type { DownloadHooks, Remote } from "./remote.ts";
 import {
   asLocal,
+  LOCK_SUFFIX,
   LOG_SUFFIX,
   MAX_SEGMENTS,
   PART_SUFFIX,
@@ -37,6 +38,8 @@ export async function getOne(context: Context, path: string, file: string, segme
   if (splitPath(path).length === 0)
     throw new RepriseError("not_a_file", "not a file: the served folder itself; use -r");
   if (file === "-") return getStream(context, path, 1, "standard output");
+  const descriptor = descriptorOf(file);
+  if (descriptor !== undefined) return getStream(context, path, descriptor, file);
   const found = lookAt(file);
   if (found && !found.isFile() && !found.isDirectory()) return getDevice(context, path, file);
   const started = performance.now();
@@ -85,6 +88,14 @@ export function lookAt(file: string): Stats | undefined {
   } catch {
     return undefined;
   }
+}
+
+/** A name of one of our own descriptors: what is open there is meant, not what it is called. */
+function descriptorOf(file: string): number | undefined {
+  if (file === "/dev/stdout") return 1;
+  if (file === "/dev/stderr") return 2;
+  const number = /^\/(?:dev|proc\/self)\/fd\/(\d+)$/.exec(file)?.[1];
+  return number === undefined ? undefined : Number(number);
 }
 
 async function getDevice(context: Context, path: string, file: string): Promise<void> {
@@ -368,6 +379,7 @@ export class UploadLog {
   readonly #name: string;
   readonly #directory: string;
   #log: ResumeLog;
+  #lock: number | undefined;
   #savedBytes = 0;
   #savedAt = 0;
 
@@ -396,8 +408,12 @@ export class UploadLog {
     return this.#log.id!;
   }
 
-  /** Whether an earlier attempt sent some of what the source is now; its id is then used again. */
+  /**
+   * Whether an earlier attempt sent some of what the source is now; its id is then used again. From now on no other
+   * process may do the same. Throws `local`.
+   */
   resumes(source: FileSource): boolean {
+    this.#takeLock();
     const log = readLog(this.#name);
     if (log === undefined) return false;
     const isOurs = typeof log === "object" && log.command === "put" && log.etag === source.etag;
@@ -425,18 +441,41 @@ export class UploadLog {
     const isFinal = error instanceof RepriseError && FINAL.has(error.code);
     if (isFinal) this.remove();
     else if (this.#savedAt > 0) this.#save();
+    this.#letGo();
   }
 
   remove(): void {
     removeIfThere(this.#name);
+    this.#letGo();
     if (madeFolders.has(this.#directory) && readdirSync(this.#directory).length === 0) rmdirSync(this.#directory);
   }
 
-  #save(): void {
-    if (!lookAt(this.#directory)) {
-      mkdirSync(this.#directory, { recursive: true });
-      madeFolders.add(this.#directory);
+  #takeLock(): void {
+    try {
+      if (!lookAt(this.#directory)) {
+        mkdirSync(this.#directory, { recursive: true });
+        madeFolders.add(this.#directory);
+      }
+      this.#lock ??= openLocked(this.#name + LOCK_SUFFIX);
+    } catch (error) {
+      const file = quote(this.#log.file!);
+      const why =
+        error instanceof Held
+          ? `it is being sent by ${error.holder}`
+          : `no resume log can be kept in ${quote(this.#directory)} (${(error as NodeJS.ErrnoException).code}); choose another folder with -d`;
+      throw new RepriseError("local", `cannot send ${file}: ${why}`, error);
     }
+  }
+
+  #letGo(): void {
+    if (this.#lock === undefined) return;
+    removeIfThere(this.#name + LOCK_SUFFIX);
+    unlock(this.#lock, this.#name + LOCK_SUFFIX);
+    closeSync(this.#lock);
+    this.#lock = undefined;
+  }
+
+  #save(): void {
     writeLog(this.#name, this.#log);
     this.#savedBytes = this.#log.bytes;
     this.#savedAt = performance.now();

@@ -317,7 +317,8 @@ function lookOrFail(file: string, failures: Failures): ReturnType<typeof lookLoc
   try {
     const found = lookLocally(file);
     if (found) return found;
-    throw new RepriseError("local", `cannot read ${quote(file)}: it is not there any more`);
+    const why = file.includes("\ufffd") ? "its name is not UTF-8" : "it is not there any more";
+    throw new RepriseError("local", `cannot read ${quote(file)}: ${why}`);
   } catch (error) {
     failures.add(error);
     return undefined;
