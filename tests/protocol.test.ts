@@ -1,5 +1,5 @@
 /** Golden bytes of each frame, and a decoder that meets every cut and every flipped bit. */
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { crc32 } from "node:zlib";
 import {
   type Answer,
@@ -34,7 +34,10 @@ import {
   TO_THE_END,
   UNKNOWN_SIZE,
 } from "../protocol.ts";
-import { randomBytes } from "./fixtures.ts";
+import { randomBytes, TEST_MS } from "./fixtures.ts";
+
+// Two hundred thousand streams take their time on a busy machine.
+setDefaultTimeout(TEST_MS);
 
 const hex = (bytes: Uint8Array) => Buffer.from(bytes).toString("hex");
 const bytesOf = (text: string) => new Uint8Array(Buffer.from(text.replace(/\s/g, ""), "hex"));
