@@ -5,6 +5,7 @@ import {
   mkdirSync,
   readdirSync,
   readFileSync,
+  readlinkSync,
   rmSync,
   statSync,
   symlinkSync,
@@ -106,6 +107,25 @@ describe("get", () => {
     const bytes = new Response(reader.stdout).bytes();
     expect((await it.run("get", "photo.png", "-o", "pipe")).status).toBe(0);
     expect(Buffer.from(await bytes).equals(image)).toBe(true);
+  });
+
+  test("to a descriptor by its name: into what is open there, which stays what it is", async () => {
+    await using it = await setUp();
+    const before = [readlinkSync("/dev/stdout"), statSync("/dev/stdout").rdev];
+    const piped = await it.run("get", "photo.png", "-o", "/dev/stdout");
+    expect([piped.status, piped.errors, Buffer.from(piped.stdout).equals(image)]).toEqual([0, "", true]);
+    expect([readlinkSync("/dev/stdout"), statSync("/dev/stdout").rdev]).toEqual(before);
+    // Where a file is open there, only by names at which nothing could be done to the folder that they are in.
+    const runBy = ["sh", "-c", 'exec "$0" "$@" > out'];
+    for (const name of ["/proc/self/fd/1", "/dev/fd/1"]) {
+      const args = ["get", "photo.png", "-o", name];
+      expect(await runClient(it.server.address, args, { cwd: it.folder, runBy })).toMatchObject({
+        status: 0,
+        errors: "",
+      });
+      expect(readFileSync(join(it.folder, "out")).equals(image)).toBe(true);
+    }
+    expect(readdirSync(it.folder)).toEqual(["out"]);
   });
 
   test("two sources with one destination are refused before anything moves", async () => {

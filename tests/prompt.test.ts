@@ -3,7 +3,17 @@ import { expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { splitWords } from "../terminal.ts";
-import { HOME, makeRoot, randomBytes, startServer, TEST_MS, temporaryFolder, treeOf, waitFor } from "./fixtures.ts";
+import {
+  HOME,
+  makeRoot,
+  randomBytes,
+  spawnFedClient,
+  startServer,
+  TEST_MS,
+  temporaryFolder,
+  treeOf,
+  waitFor,
+} from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
 
@@ -206,6 +216,22 @@ test.skipIf(!hasScript)("NO_COLOR and TERM=dumb: an error has no colour, otherwi
     expect(await terminal.status()).toBe(3);
     expect(terminal.screen().includes("\x1b[31m")).toBe(isColoured);
   }
+});
+
+test("a script goes on where the server has closed the idle connection, and a failure is still one", async () => {
+  using root = makeRoot({ "d/": "" });
+  await using server = await startServer(root.path, { args: ["--writable", "--idle-timeout", "1"] });
+  using folder = temporaryFolder();
+  const child = spawnFedClient(server.address, ["-d", folder.path]);
+  const errors = new Response(child.stderr).text();
+  child.stdin.write("stat d\n");
+  child.stdin.flush();
+  await waitFor("the answer has come", () => server.log.some(({ event }) => event === "stat"));
+  await waitFor("the server has closed", () => server.log.some(({ status }) => status === "idle"));
+  child.stdin.write("mkdir d\n");
+  child.stdin.end();
+  expect(await child.exited).toBe(4);
+  expect(await errors).toContain('"d" exists already');
 });
 
 test("splitWords() splits as a shell does", () => {

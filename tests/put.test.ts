@@ -20,14 +20,17 @@ import {
   writeSync,
 } from "node:fs";
 import { join } from "node:path";
+import { tryLock } from "../disk.ts";
 import {
   type Answer,
   decodeAnswer,
   type ErrorCode,
   encodeDataHeader,
   encodeEnd,
+  encodeError,
   encodeHello,
   encodeRequest,
+  encodeWelcome,
   FrameDecoder,
   FrameType,
   MAX_ANSWER_BYTES,
@@ -35,6 +38,7 @@ import {
   MAX_REQUEST_BYTES,
   type Meta,
   type Put,
+  RepriseError,
   type Request,
   SUM_BYTES,
   UNKNOWN_SIZE,
@@ -698,17 +702,79 @@ describe("resume", () => {
     expectOnly(it, "big");
   });
 
-  test("a second client with the same source: status 0 for both, one version", async () => {
+  test("a second client with the same source: status 7, and it names the first", async () => {
     await using it = await setUp();
     const file = it.source("big", randomBytes(SIZE));
     it.limit = CUT;
-    const first = it.put(file, "--timeout", "1");
+    const first = spawnClient(it.address, ["put", file, "-d", it.logs]);
     await waitFor("the first has begun", () => heldBytes(it) > ALMOST);
+    const second = await it.put(file, "--retries", "0", "--timeout", "1");
+    expect(second.status).toBe(7);
+    expect(second.errors).toContain(`it is being sent by process ${first.pid}`);
+    expect(first.exitCode).toBeNull();
+    first.kill("SIGINT");
+    expect(await first.exited).toBe(130);
     it.limit = Number.POSITIVE_INFINITY;
-    const runs = await Promise.all([first, it.put(file)]);
-    expect(runs.map((run) => run.status)).toEqual([0, 0]);
+    expect((await it.put(file)).status).toBe(0);
     expect(digestOf(join(it.root, "big"))).toBe(digestOf(file));
     expectOnly(it, "big");
+  });
+
+  test("the worker killed before the rename: what is there, of the same size and time, is not taken for it", async () => {
+    const size = 3_000_000;
+    await using it = await setUp();
+    const file = it.source("l/f", randomBytes(size, 1));
+    const there = join(it.root, "f");
+    writeFileSync(there, randomBytes(size, 2));
+    for (const path of [file, there]) utimesSync(path, 1_700_000_000, 1_700_000_000);
+    const lock = openSync(join(it.root, ".reprise/lock"), "r+");
+    expect(tryLock(lock, join(it.root, ".reprise/lock"))).toBe(true);
+    const args = ["sync", "--up", "--checksum", "/", join(it.folder, "l"), "-d", it.logs];
+    const child = spawnClient(it.server.address, args);
+    const isWhole = (name: string) => statSync(join(it.root, ".reprise", name)).size === size;
+    await waitFor("all of it has come", () => staged(it).some(isWhole));
+    for (const pid of it.server.workers()) process.kill(pid, "SIGKILL");
+    closeSync(lock);
+    expect(await child.exited).toBe(0);
+    expect(digestOf(there)).toBe(digestOf(file));
+    expect(visible(it)).toEqual(["f"]);
+    expect(logNames(it)).toEqual([]);
+  });
+
+  test("a server that reads a little and cuts, again and again: --retries ends it with status 8", async () => {
+    using folder = makeRoot({ big: randomBytes(3_000_000) });
+    let connections = 0;
+    let uploads = 0;
+    const listener = Bun.listen<FrameDecoder>({
+      hostname: "127.0.0.1",
+      port: 0,
+      socket: {
+        open(socket) {
+          socket.data = new FrameDecoder({ maxLength: MAX_CONTENT_BYTES });
+          // Who goes on for ever is let go.
+          if (++connections > 8) listener.stop(true);
+          else socket.write(encodeWelcome("fake"));
+        },
+        data(socket, bytes) {
+          socket.data.push(new Uint8Array(bytes));
+          for (let frame = socket.data.next(); frame; frame = socket.data.next()) {
+            if (frame.type === FrameType.STAT) socket.write(encodeError(new RepriseError("not_found")));
+            if (frame.type === FrameType.SUMS) socket.write(encodeEnd(0));
+            if (frame.type !== FrameType.DATA) continue;
+            uploads++;
+            return void socket.terminate();
+          }
+        },
+      },
+    });
+    using _ = { [Symbol.dispose]: () => listener.stop(true) };
+    const args = ["put", join(folder.path, "big"), "-t", "x", "-d", join(folder.path, "logs"), "--retries", "2"];
+    const run = await runClient(`127.0.0.1:${listener.port}`, args);
+    expect(run.status).toBe(8);
+    expect(run.errors).toContain("given up after 2 retries");
+    expect(run.errors.match(/trying again/g)?.length).toBe(2);
+    // One more where the connection was one from before.
+    expect(uploads).toBeOneOf([3, 4]);
   });
 });
 
@@ -1093,6 +1159,18 @@ const request = (request: Request) => encodeRequest(request);
 const get = (path: string) => request({ action: "get", path, offset: 0, length: UNKNOWN_SIZE, etag: "" });
 const quit = request({ action: "quit" });
 
+/** What a process has open, by name. */
+function openFiles(pid: number): string[] {
+  const folder = `/proc/${pid}/fd`;
+  return readdirSync(folder).flatMap((fd) => {
+    try {
+      return readlinkSync(join(folder, fd));
+    } catch {
+      return [];
+    }
+  });
+}
+
 /** What was answered, in short: the code of an error, the size of a file, content, the paths of a list. */
 function brief(answer: Answer): unknown {
   if (answer.type === "error") return answer.error.code;
@@ -1243,6 +1321,39 @@ describe("the wire", () => {
     expect(await converse(it, ...frames)).toEqual(names.map((name) => name.length));
     for (const name of names) expect(readFileSync(join(it.root, name), "utf8")).toBe(name);
     expectOnly(it, ...names);
+  });
+
+  test("300 with their content, then the end of the stream: all stored, and nothing of them is left open", async () => {
+    await using it = await setUp();
+    const names = Array.from({ length: 300 }, (_, index) => `f${index}`);
+    using connection = await speak(it.server.port);
+    const content = Buffer.from("hello");
+    connection.ask(...names.map((name) => putFrame(name, { size: content.length, content })));
+    // Its own direction only: a closed socket that gets answers would take back what it sent.
+    connection.socket.shutdown();
+    await waitFor("the server has closed", () => connection.closed());
+    await waitFor("all are logged", () => it.puts().length === names.length);
+    for (const name of names) expect(readFileSync(join(it.root, name), "utf8")).toBe("hello");
+    expectOnly(it, ...names);
+    const kept = [it.root, join(it.root, ".reprise"), join(it.root, ".reprise/lock")];
+    const open = it.server.workers().flatMap(openFiles);
+    expect(open.filter((path) => path.startsWith(it.root) && !kept.includes(path))).toEqual([]);
+  });
+
+  test("a group that cannot be made at all: each has its own answer, and so has all that comes behind it", async () => {
+    // Without flock the lock is a link: a folder of that name fails at once.
+    await using it = await setUp({ env: WITHOUT_FFI });
+    const inTheWay = join(it.root, ".reprise/lock.lock");
+    mkdirSync(inTheWay);
+    using connection = await speak(it.server.port);
+    connection.ask(wholePut("a", "1"), wholePut("b", "22"), putFrame("c", { size: 3 }));
+    await waitFor("the group is answered", () => connection.answers().length === 2);
+    rmSync(inTheWay, { recursive: true });
+    connection.ask(data("333"), encodeEnd(3), wholePut("d", "4444"), get("c"), quit);
+    await waitFor("the server has closed", () => connection.closed());
+    const answers = connection.answers().map(brief);
+    expect(answers).toEqual(["failed", "failed", 3, 4, 3, "333", "end", "end"]);
+    expectOnly(it, "c", "d");
   });
 
   test("a PUT that is refused at its start is passed over, and what comes behind it is done", async () => {

@@ -40,6 +40,7 @@ import {
   type Server,
   spawnClient,
   startFakeServer,
+  startProxy,
   startServer,
   TEST_MS,
   temporaryFolder,
@@ -101,6 +102,8 @@ function temporaries(folder: string): string[] {
   const found = readdirSync(folder, { recursive: true }) as string[];
   return found.filter((name) => /\.part|\.resume\.json|\.reprise-|^\.reprise\/(?!lock$)/.test(name));
 }
+
+const filesIn = (folder: string) => readdirSync(folder).filter((name) => !name.startsWith(".reprise"));
 
 const small = (count: number, folder = "") =>
   Object.fromEntries(Array.from({ length: count }, (_, index) => [`${folder}f${index}`, `content ${index}\n`]));
@@ -456,6 +459,22 @@ describe("interrupted in the middle and run again", () => {
     expect([run.status, lists]).toEqual([0, 2]);
     expect(readdirSync(folder.path).length).toBe(50);
   });
+
+  test("a large file that was begun is a small one now: the new content, and nothing of the old", async () => {
+    await using it = await setUp({ "d/big": randomBytes(6 * MIB), "d/x": "1" });
+    let isCutting = true;
+    using proxy = startProxy({
+      target: it.server.port,
+      toClient: (bytes, at) => (isCutting && at > 4 * MIB ? undefined : bytes),
+    });
+    const get = (...args: string[]) => runClient(proxy.address, ["get", "-r", "d", "-o", it.local("d"), ...args]);
+    expect((await get("--jobs", "1", "--retries", "0")).status).toBe(8);
+    expect(existsSync(it.local("d/big.part"))).toBe(true);
+    isCutting = false;
+    writeFileSync(it.remote("d/big"), "small now");
+    expect((await get()).status).toBe(0);
+    expect(treeOf(it.local("d"))).toEqual(treeOf(it.remote("d")));
+  });
 });
 
 // ---------------------------------------------------------------------------------------------------- servers of ours
@@ -762,6 +781,31 @@ describe("something in the way", () => {
     expect(temporaries(it.root)).toEqual([]);
   });
 
+  test("--json that nobody can take: the run fails, and no file has another's content", async () => {
+    const contents = Object.fromEntries(
+      Array.from({ length: 20 }, (_, index) => [`f${index}`, `content of f${index}`]),
+    );
+    const entries = Object.entries(contents).map(([path, content]) => file(path, content));
+    using folder = temporaryFolder();
+    let gets = 0;
+    let isOver = false;
+    const answer = serving(contents, () => listOf(entries));
+    using server = startFakeServer(async (request, connection) => {
+      // One by one, so that each is written, and told of, before the next comes.
+      const before = request.action === "get" ? gets++ : 0;
+      await waitFor("the ones before it are there", () => isOver || filesIn(folder.path).length >= before);
+      return answer(request, connection);
+    });
+    const args = ["get", "-r", "/", "-o", folder.path, "--json", "--jobs", "1", "--retries", "0"];
+    const run = await runClient(server.address, args, { runBy: ["sh", "-c", 'exec "$0" "$@" > /dev/full'] });
+    isOver = true;
+    expect(run.status).toBe(7);
+    const wrong = filesIn(folder.path).filter(
+      (name) => readFileSync(join(folder.path, name), "utf8") !== contents[name],
+    );
+    expect(wrong).toEqual([]);
+  });
+
   test("a file that does not stop changing on the server: given up after --retries, and the others come", async () => {
     await using it = await setUp({ "d/log": randomBytes(4 * MIB), "d/x": "1" }, ["--limit-rate", "8M"]);
     const child = it.spawn("get", "-r", "d", "--retries", "2");
@@ -1006,6 +1050,27 @@ describe.each(directions)("sync %s", (direction, flags, verb) => {
   });
 });
 
+/** Root reads everything, unless it has no such capability. */
+const AS_ANYONE =
+  process.getuid?.() === 0 ? ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"] : [];
+const canDrop = AS_ANYONE.length === 0 || Bun.which("setpriv") !== null;
+if (!canDrop) console.log("skipped: the test of a folder that cannot be read needs setpriv, where root runs it");
+
+test.skipIf(!canDrop)("a folder that the server may not read: status 4, and --delete removes nothing", async () => {
+  using root = makeRoot({ "keep/a": "1", "secret/b": "2" });
+  await using server = await startServer(root.path, { runBy: AS_ANYONE });
+  using folder = temporaryFolder();
+  const local = join(folder.path, "l");
+  expect((await runClient(server.address, ["sync", "/", local])).status).toBe(0);
+  writeTree(local, { extra: "3" });
+  const before = treeOf(local);
+  chmodSync(join(root.path, "secret"), 0o000);
+  const run = await runClient(server.address, ["sync", "--delete", "/", local]);
+  chmodSync(join(root.path, "secret"), 0o755);
+  expect(run.status).toBe(4);
+  expect(treeOf(local)).toEqual(before);
+});
+
 test("sync leaves local transfers that are not finished alone, in either direction", async () => {
   await using it = await setUp({ "r/x": "1" });
   const unfinished = { "y.part": "2", "y.resume.json": "{}", "old/z.part": "3", "old/z.resume.json": "{}" };
@@ -1200,5 +1265,13 @@ test("--limit-rate holds for all connections together", async () => {
   await using it = await setUp(Object.fromEntries([1, 2, 3, 4].map((seed) => [`d/${seed}`, randomBytes(MIB, seed)])));
   const startedAt = performance.now();
   expect((await it.run("get", "-r", "d", "--limit-rate", "4M", "--jobs", "4")).status).toBe(0);
+  expect(performance.now() - startedAt).toBeGreaterThan(950);
+});
+
+test("--limit-rate holds for small files, which come in one frame each", async () => {
+  const content = randomBytes(50_000);
+  await using it = await setUp(Object.fromEntries(Array.from({ length: 40 }, (_, index) => [`d/${index}`, content])));
+  const startedAt = performance.now();
+  expect((await it.run("get", "-r", "d", "--limit-rate", "2M")).status).toBe(0);
   expect(performance.now() - startedAt).toBeGreaterThan(950);
 });
