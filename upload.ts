@@ -61,7 +61,10 @@ export class UploadExchange implements Exchange {
   preparation() {
     if (!this.#begun) return undefined;
     return async (peer: Peer) => {
-      this.#offset = this.#options.id === "" ? 0 : await this.#agreed(peer);
+      const { id } = this.#options;
+      this.#offset = id === "" ? 0 : await this.#agreed(await peer.sums(id, ""));
+      if (this.#offset > this.#agreedBytes) peer.progress = true;
+      this.#agreedBytes = Math.max(this.#agreedBytes, this.#offset);
       if (this.#offset === 0 && this.#sentBytes !== undefined) this.#meta = await this.#findDone(peer, this.#sentBytes);
     };
   }
@@ -141,26 +144,28 @@ export class UploadExchange implements Exchange {
   }
 
   /** The position up to which the server holds what the source holds. */
-  async #agreed(peer: Peer): Promise<number> {
+  async #agreed(sums: { length: number; crc32: number }[]): Promise<number> {
     let offset = 0;
     this.#crc32 = 0;
-    for (const { length, crc32 } of await peer.sums(this.#options.id, "")) {
+    for (const { length, crc32 } of sums) {
       if ((await this.#source.sum(offset, length)) !== crc32) break;
       offset += length;
       this.#crc32 = crc32Combine(this.#crc32, crc32, length);
     }
-    if (offset > this.#agreedBytes) peer.progress = true;
-    this.#agreedBytes = Math.max(this.#agreedBytes, offset);
     return offset;
   }
 
-  /** The version of the source, if it is under its name: then only the answer was lost. */
+  /** The version of the source, if that is under its name: then only the answer was lost. */
   async #findDone(peer: Peer, bytes: number): Promise<Meta | undefined> {
     try {
       await peer.ask({ action: "stat", path: this.#options.path });
       const { kind, size, mtime, etag } = await peer.expect("meta");
-      const same = kind === "file" && mtime === this.#source.mtime && size === bytes && etag !== this.#options.etag;
-      return same ? { kind, size, mtime, etag } : undefined;
+      const looksSame = kind === "file" && mtime === this.#source.mtime && size === bytes;
+      if (!looksSame || etag === this.#options.etag) return undefined;
+      // An old version may look the same: only its content tells.
+      const isSame = (await this.#agreed(await peer.sums("", this.#options.path))) === bytes;
+      if (!isSame) this.#crc32 = 0;
+      return isSame ? { kind, size, mtime, etag } : undefined;
     } catch (error) {
       if (isOfOne(error)) return undefined;
       throw error;

@@ -635,7 +635,7 @@ describe("resume", () => {
     await using it = await setUp();
     const file = it.source("big", randomBytes(SIZE));
     const { log } = await putAndKill(it, file);
-    writeFileSync(join(it.logs, logNames(it)[0]!), spoil(log));
+    writeFileSync(join(it.logs, logNames(it).find((name) => name.endsWith(".resume.json"))!), spoil(log));
     const run = await it.put(file);
     expect(run.status).toBe(0);
     if (isSaid) expect(run.errors).toContain("starting again");
