@@ -96,14 +96,13 @@ export interface Target {
 export const PART_SUFFIX = ".part";
 export const LOG_SUFFIX = ".resume.json";
 export const LOCK_SUFFIX = ".lock";
-/** A log on its way to replace another. */
-const NEW_LOG_SUFFIX = `${LOG_SUFFIX}.new`;
+
+/** The suffixes above, and that of a log on its way to replace another. */
+const UNFINISHED = /\.part(\.lock)?$|\.resume\.json(\.lock|\.new)?$/;
 
 /** Whether a name is one that an unfinished transfer leaves: never listed, sent or taken for a file of the user's. */
 export function isUnfinished(name: string): boolean {
-  return [PART_SUFFIX, PART_SUFFIX + LOCK_SUFFIX, LOG_SUFFIX, LOG_SUFFIX + LOCK_SUFFIX, NEW_LOG_SUFFIX].some((suffix) =>
-    name.endsWith(suffix),
-  );
+  return UNFINISHED.test(name);
 }
 
 // ---------------------------------------------------------------------------------------------------- file
