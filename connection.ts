@@ -103,6 +103,7 @@ export class Connection {
     for (;;) {
       if (this.#failure) throw this.#failure;
       const frame = this.#decoder.next();
+      if (frame) this.#streaming = frame.payload.length >= MIN_DIRECT_BYTES;
       if (frame || this.#chunks.length === 0) return frame;
       this.#decoder.push(this.#chunks.shift()!);
     }

@@ -31,7 +31,7 @@ import {
 } from "./protocol.ts";
 import type { Target } from "./resume.ts";
 import type { Source } from "./source.ts";
-import { type PutOptions, UploadExchange, type UploadHooks } from "./upload.ts";
+import type { PutOptions, UploadHooks } from "./upload.ts";
 
 const MAX_REDIRECTS = 5;
 /** In the middle of a large frame the process waits this long for the rest of it before others get their turn. */
@@ -167,6 +167,8 @@ export class Remote {
 
   /** Puts one source, and returns the new version. Throws `local`, `exists`, `changed`, `no_room`. */
   async upload(options: PutOptions, source: Source, hooks: UploadHooks = {}, resumes = false): Promise<Meta> {
+    // Not for those who only fetch: it is a tenth of a small download to load.
+    const { UploadExchange } = await import("./upload.ts");
     const upload = new UploadExchange(this, options, source, hooks, resumes);
     await this.run([upload]);
     return upload.result();

@@ -22,7 +22,7 @@ import {
   type Target,
   writeLog,
 } from "./resume.ts";
-import { FileSource, StreamSource } from "./source.ts";
+import type { FileSource } from "./source.ts";
 import type { PutOptions } from "./upload.ts";
 
 /** An upload's log is written again after so many bytes or milliseconds. */
@@ -270,6 +270,7 @@ export async function putOne(context: Context, file: string, path: string, setti
   const isStream = file === "-" || (found !== undefined && !found.isFile() && !found.isDirectory());
   const started = performance.now();
   if (isStream) return putStream(context, file, path, settings, started);
+  const { FileSource } = await import("./source.ts");
   const source = new FileSource(file);
   try {
     const done = (meta: Meta, offset: number) => printDone(context, { path, file, ...meta, offset, started });
@@ -295,6 +296,7 @@ async function putStream(
 ): Promise<void> {
   const name = file === "-" ? "standard input" : file;
   const fd = file === "-" ? 0 : await openForReading(file);
+  const { StreamSource } = await import("./source.ts");
   const source = new StreamSource(fd, name, settings.expected);
   const options = { path, id: newId(), noClobber: settings.noClobber, etag: settings.etag, parents: false };
   const meta = await withProgress(basename(path), (hooks) =>
