@@ -448,6 +448,8 @@ export class UploadLog {
 
   remove(): void {
     removeIfThere(this.#name);
+    // A killed process has left its lock behind, or another is at work.
+    if (this.#lock === undefined && lookAt(this.#name + LOCK_SUFFIX)) this.#lock = lockOf(this.#name);
     this.#letGo();
     if (madeFolders.has(this.#directory) && readdirSync(this.#directory).length === 0) rmdirSync(this.#directory);
   }
@@ -481,6 +483,15 @@ export class UploadLog {
     writeLog(this.#name, this.#log);
     this.#savedBytes = this.#log.bytes;
     this.#savedAt = performance.now();
+  }
+}
+
+function lockOf(log: string): number | undefined {
+  try {
+    return openLocked(log + LOCK_SUFFIX);
+  } catch (error) {
+    if (error instanceof Held) return undefined;
+    throw asLocal(error, log);
   }
 }
 
