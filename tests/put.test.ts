@@ -436,10 +436,11 @@ describe("put -", () => {
     const args = ["put", "-", "-t", "f", "-d", it.logs, "--timeout", "0.3", "--retries", "1"];
     const child = spawnFedClient(it.server.address, args);
     await feed(child, randomBytes(1_000_000), false);
-    await Bun.sleep(2500);
+    await waitFor("the connection was given up", () => it.server.log.some(({ status }) => status === "lost"));
     await feed(child, randomBytes(1_000_000, 2));
     expect(await new Response(child.stderr).text()).toBe("");
     expect(await child.exited).toBe(0);
+    expect(it.puts().at(-1)!.offset).toBeGreaterThan(0);
     expect(readFileSync(join(it.root, "f"))).toEqual(
       Buffer.concat([randomBytes(1_000_000), randomBytes(1_000_000, 2)]),
     );
