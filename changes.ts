@@ -82,20 +82,28 @@ export class Changes {
   readonly #staging: string;
   readonly #stagingFd: number;
   readonly #lock: number;
+  /** Else staging and lock are another's, whose folder this is. */
+  readonly #ownsStaging: boolean;
   readonly #inMemory: boolean;
   readonly #wrap: Wrap;
   readonly #versions: boolean;
   readonly #anonymous = `new-${process.pid}-${randomUUID().slice(0, 8)}`;
   #count = 0;
 
-  constructor(root: number, staging: number, wrap: Wrap, versions: boolean) {
+  constructor(root: number, staging: number, wrap: Wrap, versions: boolean, lock?: number) {
     this.#wrap = wrap;
     this.#versions = versions;
     this.#root = root;
     this.#stagingFd = staging;
     this.#staging = beneath(staging);
-    this.#lock = openSync(this.#lockPath, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600);
+    this.#ownsStaging = lock === undefined;
+    this.#lock = lock ?? openSync(this.#lockPath, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600);
     this.#inMemory = isInMemory(staging);
+  }
+
+  /** One of its folders as a root of its own, staged where all is; to be closed before this. Throws as `locate`. */
+  beneath(path: string): Changes {
+    return new Changes(locate(this.#root, path), this.#stagingFd, this.#wrap, this.#versions, this.#lock);
   }
 
   /**
@@ -165,7 +173,7 @@ export class Changes {
   }
 
   close(): void {
-    for (const fd of [this.#lock, this.#stagingFd, this.#root]) closeSync(fd);
+    for (const fd of this.#ownsStaging ? [this.#lock, this.#stagingFd, this.#root] : [this.#root]) closeSync(fd);
   }
 
   /** The same, of a root that nobody else writes in this way: nothing staged stays behind. */

@@ -42,10 +42,12 @@ export async function runScript(main: Command, words: string[] = process.argv.sl
 /** The same without catching anything, and with `data` for the command: what the prompt does with a line. */
 export async function runWords(main: Command, words: string[], data?: unknown): Promise<void> {
   const { command, rest } = select(main, words);
+  if (command !== main && command.subCommands) return runWords(command, rest, data);
   if (data !== undefined && command === main) throw usage("name a command");
   if (rest.includes("--help") || rest.includes("-h")) return printUsage(command, command === main ? undefined : main);
   if (rest.includes("--version") && command === main) return print((main.meta as { version: string }).version);
   const definitions = (command.args ?? {}) as ArgsDef;
+  if (!command.run) throw usage(`${nameOf(command)} needs one of ${shownCommands(command).join(", ")}`);
   const args = parse(rest, definitions);
   checkPositionals(args._, definitions, command);
   await command.run?.({ args: args as never, rawArgs: rest, cmd: command, data });
@@ -79,11 +81,13 @@ export async function print(line: string): Promise<void> {
 function select(main: Command, words: string[]): { command: Command; rest: string[] } {
   const commands = main.subCommands as Record<string, Command> | undefined;
   if (!commands) return { command: main, rest: words };
-  const definitions = main.args as ArgsDef;
+  const definitions = (main.args ?? {}) as ArgsDef;
   const at = words.findIndex((word, index) => !isOption(word) && !takesValue(words[index - 1], definitions));
   const name = words[at];
   if (name === undefined) return { command: main, rest: words };
   const command = Object.hasOwn(commands, name) ? commands[name] : undefined;
+  const takesWords = Object.values(definitions).some(({ type }) => type === "positional");
+  if (!command && takesWords) return { command: main, rest: words };
   if (!command) throw usage(`unknown command ${quote(name)}${didYouMean(name, shownCommands(main))}`);
   return { command, rest: words.toSpliced(at, 1) };
 }
@@ -92,6 +96,10 @@ function select(main: Command, words: string[]): { command: Command; rest: strin
 export function shownCommands(main: Command): string[] {
   const commands = Object.entries((main.subCommands ?? {}) as Record<string, Command>);
   return commands.filter(([, { meta }]) => !(meta as { hidden?: boolean }).hidden).map(([name]) => name);
+}
+
+function nameOf(command: Command): string {
+  return (command.meta as { name: string }).name;
 }
 
 function isOption(word: string): boolean {
@@ -172,7 +180,7 @@ function shortOptions(flag: string, definitions: ArgsDef): string[] {
 /** A positional named with a trailing "…" takes any number of words; one that is not required may be left out. */
 function checkPositionals(words: string[], definitions: ArgsDef, command: Command): void {
   const positionals = Object.entries(definitions).filter(([, definition]) => definition.type === "positional");
-  const { name } = command.meta as { name: string };
+  const name = nameOf(command);
   const missing = positionals.slice(words.length).find(([, definition]) => definition.required !== false);
   if (missing) throw usage(`${name} needs ${missing[0].toUpperCase()}`);
   const open = positionals.some(([positional]) => positional.endsWith("…"));

@@ -7,13 +7,16 @@
  * costs one chunk as well. Every wait ends after `timeoutMs` without a byte.
  *
  * Two short cuts around the user's memory serve plain TCP where the C library can be had: `sendFile` is sendfile(2),
- * and the rest of a large frame is received straight into its place.
+ * and the rest of a large frame is received straight into its place. With TLS all goes through Bun.
+ *
+ * A server's TLS begins where a plain connection was accepted, with what certificate there is at that moment. So a new
+ * one needs no new listener, and nobody who waits to be accepted is lost with an old one.
  */
 
 import { readSync } from "node:fs";
 import type { Socket as BunSocket, SocketHandler, TCPSocketListener, TCPSocketListenOptions } from "bun";
 import { Errno, libc } from "./libc.ts";
-import { type BufferPool, type Frame, FrameDecoder, RepriseError } from "./protocol.ts";
+import { type BufferPool, type Frame, FrameDecoder, quote, RepriseError } from "./protocol.ts";
 
 /** Small frames are collected up to this many bytes. */
 const MAX_COLLECTED_BYTES = 64 * 1024;
@@ -28,6 +31,8 @@ const SHORT_CHUNK_MS = 5;
 const LONG_CHUNK_MS = 100;
 /** How long `finish` waits for the peer to have read everything. */
 const FINISH_MS = 5_000;
+/** The number of TLS 1.2 on the wire; 1.3 is spoken as well. */
+const LEAST_TLS = 0x0303;
 
 /** Bun's sockets have their descriptor, its types do not say so. */
 type Socket<T> = BunSocket<T> & { readonly fd: number };
@@ -41,14 +46,23 @@ export interface ConnectionOptions {
   timeoutMs: number;
   /** Each frame must have come whole within `timeoutMs`, for peers that have no reason to send slowly. */
   promptFrames?: boolean;
+  /** Bytes a second that a peer must at least send or take while it is waited for, on the average of `timeoutMs`. */
+  minRate?: number;
+  /** TLS goes over the socket. */
+  encrypted?: boolean;
   /** In the middle of a large frame the process waits this long, in milliseconds, before others get their turn. */
   directWaitMs?: number;
 }
 
 export class Connection {
   readonly #socket: Socket<Connection>;
+  /** Its address. */
+  readonly peer: string;
   readonly #decoder: FrameDecoder;
-  readonly #timeoutMs: number;
+  readonly #encrypted: boolean;
+  readonly #minRate: number;
+  /** Every wait for the peer ends after this long without a byte. */
+  timeoutMs: number;
   readonly #promptFrames: boolean;
   /** Who gives memory for large frames expects them. */
   readonly #direct: boolean;
@@ -76,21 +90,27 @@ export class Connection {
   /** Bytes since others had their turn, and when that was. */
   #turn = 0;
   #turnAt = performance.now();
+  /** Bytes that came and went so far. */
+  #moved = 0;
+  /** Since the peer was last found to be fast enough: how long it was waited for, and what `#moved` was then. */
+  #waitedMs = 0;
+  #movedBefore = 0;
+  /** More must come from the peer, also between two frames: it is in the middle of something. */
+  owes = false;
   /** Called when `next()` has used up what came, before it waits for more: the moment for what was put off. */
   beforeWait: (() => Promise<void>) | undefined;
 
   constructor(socket: BunSocket<Connection>, options: ConnectionOptions) {
     this.#socket = socket as Socket<Connection>;
+    this.peer = socket.remoteAddress;
     this.#decoder = new FrameDecoder(options);
-    this.#timeoutMs = options.timeoutMs;
+    this.timeoutMs = options.timeoutMs;
     this.#promptFrames = options.promptFrames ?? false;
-    this.#direct = options.pool !== undefined;
+    this.#minRate = options.minRate ?? 0;
+    this.#encrypted = options.encrypted ?? false;
+    this.#direct = options.pool !== undefined && !this.#encrypted;
     this.#directWaitMs = options.directWaitMs ?? 0;
     socket.data = this;
-  }
-
-  get peer(): string {
-    return this.#socket.remoteAddress;
   }
 
   /** Longest frame to accept from now on, in bytes of payload. */
@@ -179,7 +199,7 @@ export class Connection {
 
   /** Whether `sendFile` works here. */
   get canSendFile(): boolean {
-    return libc() !== null;
+    return !this.#encrypted && libc() !== null;
   }
 
   /**
@@ -275,25 +295,39 @@ export class Connection {
       this.#paused = false;
       this.#socket.resume();
     }
-    await this.#wait(this.#readable, () => Math.max(startedAt, this.#wroteAt));
+    const owes = this.owes || !this.#decoder.atBoundary;
+    await this.#wait(this.#readable, () => Math.max(startedAt, this.#wroteAt), owes);
   }
 
   async #untilWritable(): Promise<void> {
     this.#checkWritable();
     const startedAt = performance.now();
-    await this.#wait(this.#writable, () => Math.max(startedAt, this.#readAt));
+    await this.#wait(this.#writable, () => Math.max(startedAt, this.#readAt), true);
     this.#checkWritable();
   }
 
   /** Until `timeoutMs` after `base()`, which moves on while the connection is alive in the other direction. */
-  async #wait(waiter: Waiter, base: () => number): Promise<void> {
+  async #wait(waiter: Waiter, base: () => number, owes: boolean): Promise<void> {
     for (;;) {
-      const left = base() + this.#timeoutMs - performance.now();
-      if (left <= 0) throw new RepriseError("timeout", `no byte for ${this.#timeoutMs / 1000} s`);
-      const woken = await waiter.wait(left);
+      const startedAt = performance.now();
+      const left = base() + this.timeoutMs - startedAt;
+      if (left <= 0) throw new RepriseError("timeout", `no byte for ${this.timeoutMs / 1000} s`);
+      const woken = await waiter.wait(owes ? Math.min(left, this.timeoutMs - this.#waitedMs) : left);
       this.#turnAt = performance.now();
+      if (owes) this.#judge(this.#turnAt - startedAt);
+      else this.#waitedMs = 0;
       if (woken) return;
     }
+  }
+
+  /** The peer was waited for: so long a time as would end a silent one may not be filled with a byte now and then. */
+  #judge(waitedMs: number): void {
+    this.#waitedMs += waitedMs;
+    if (this.#waitedMs < this.timeoutMs) return;
+    if ((this.#moved - this.#movedBefore) * 1000 < this.#minRate * this.#waitedMs)
+      throw new RepriseError("timeout", `fewer than ${this.#minRate} bytes a second for ${this.timeoutMs / 1000} s`);
+    this.#waitedMs = 0;
+    this.#movedBefore = this.#moved;
   }
 
   #checkWritable(): void {
@@ -344,11 +378,13 @@ export class Connection {
 
   #took(count: number): void {
     this.#turn += count;
+    this.#moved += count;
     this.#readAt = performance.now();
   }
 
   #wrote(count: number): void {
     this.#turn += count;
+    this.#moved += count;
     if (count > 0) this.#wroteAt = performance.now();
   }
 
@@ -364,6 +400,8 @@ export class Connection {
   static readonly handlers = {
     data(socket, chunk) {
       const self = socket.data;
+      // Of a server that could not wait for the handshake to be over: it is not trusted yet.
+      if (!self) return void socket.terminate();
       self.#took(chunk.length);
       self.#chunks.push(chunk);
       if (!self.#readable.wake()) self.#pause();
@@ -372,6 +410,7 @@ export class Connection {
       if (socket.data) socket.data.#writable.wake();
     },
     end(socket) {
+      if (!socket.data) return;
       socket.data.#ended = true;
       socket.data.#readable.wake();
     },
@@ -389,15 +428,64 @@ export function listen<T>(options: TCPSocketListenOptions<T> & { reusePort?: boo
   return Bun.listen(options);
 }
 
+/** What a server shows to prove who it is: PEM. */
+export interface Certificate {
+  cert: string;
+  key: string;
+}
+
+export interface AcceptOptions extends ConnectionOptions {
+  host: string;
+  port: number;
+  /** With TLS: asked for each connection. */
+  certificate?: (() => Certificate) | undefined;
+  onConnection: (connection: Connection) => void;
+}
+
+/** Listens on a port that other processes listen on as well. */
+export function accept(options: AcceptOptions): TCPSocketListener<Connection> {
+  const { host: hostname, port, certificate, onConnection } = options;
+  const plain: SocketHandler<Connection> = {
+    ...Connection.handlers,
+    open: (socket) => onConnection(new Connection(socket, options)),
+  };
+  // Without `data`, which would be given everything once more as it travels.
+  const tls: SocketHandler<Connection> = { drain() {}, open: (socket) => encrypt(socket, certificate!(), options) };
+  return listen<Connection>({ hostname, port, reusePort: true, socket: certificate ? tls : plain });
+}
+
+/** The connection waits in `next()` while the handshake goes on, and has no more time for it than for a frame. */
+function encrypt(socket: BunSocket<Connection>, certificate: Certificate, options: AcceptOptions): void {
+  const tls = { ...certificate, isServer: true, minVersion: LEAST_TLS };
+  const [, encrypted] = socket.upgradeTLS<Connection>({
+    isServer: true,
+    tls,
+    socket: {
+      ...Connection.handlers,
+      handshake(socket, done, error) {
+        if (!done) socket.data.fail(new RepriseError("bad_frame", "no TLS was to be had", error));
+      },
+    },
+  } as Parameters<typeof socket.upgradeTLS<Connection>>[0]);
+  options.onConnection(new Connection(encrypted, { ...options, encrypted: true }));
+}
+
 export interface ConnectOptions extends ConnectionOptions {
   host: string;
   port: number;
+  /** Speak TLS, and only with who has a certificate of this name. */
+  tls?: boolean;
+  /** Certificates, as PEM, of those whose word is taken for who a server is, in place of the usual ones. */
+  ca?: string | undefined;
   signal?: AbortSignal | undefined;
 }
 
-/** Connects over TCP. Throws `lost`, saying why, within `timeoutMs`; `signal`'s reason if it aborts. */
+/**
+ * Connects over TCP, or TLS. Throws `lost`, saying why, within `timeoutMs`; `insecure` where no certificate that can be
+ * trusted was shown; `signal`'s reason if it aborts.
+ */
 export async function connect(options: ConnectOptions): Promise<Connection> {
-  const { host, port, timeoutMs, signal } = options;
+  const { host, port, tls = false, ca, timeoutMs, signal } = options;
   const where = formatAddress(host, port);
   signal?.throwIfAborted();
   const { promise, resolve, reject } = Promise.withResolvers<Connection>();
@@ -409,14 +497,26 @@ export async function connect(options: ConnectOptions): Promise<Connection> {
   const timer = setTimeout(() => refuse(lost(`${where} does not answer for ${timeoutMs / 1000} s`)), timeoutMs);
   const abort = () => refuse(signal?.reason);
   signal?.addEventListener("abort", abort, { once: true });
+  const settle = (socket: BunSocket<Connection>, wrong?: RepriseError) => {
+    if (wrong) refuse(wrong);
+    if (given) socket.terminate();
+    else resolve(new Connection(socket, { ...options, encrypted: tls }));
+  };
   Bun.connect<Connection>({
     hostname: host,
     port,
+    ...(tls && { tls: { ca, serverName: nameOf(host), rejectUnauthorized: false } }),
     socket: {
       ...Connection.handlers,
       open(socket) {
-        if (given) socket.terminate();
-        else resolve(new Connection(socket, options));
+        if (!tls) settle(socket);
+      },
+      handshake(socket, done, error) {
+        if (tls) settle(socket, done && !error && socket.authorized ? undefined : distrust(socket, options, error));
+      },
+      close(socket, error) {
+        if (socket.data) return Connection.handlers.close(socket, error);
+        refuse(lost(`${where}: closed in the middle of the TLS handshake`, error));
       },
     },
   } as Bun.TCPSocketConnectOptions<Connection>).catch((error) => refuse(lost(`${where}: ${reasonOf(error)}`, error)));
@@ -428,9 +528,58 @@ export async function connect(options: ConnectOptions): Promise<Connection> {
   }
 }
 
+/** What TLS sends ahead as the name of the server: none for an address. */
+function nameOf(host: string): string | undefined {
+  return /^[\d.]+$|:/.test(host) ? undefined : host;
+}
+
+/** What is wrong with a server's certificate, and what can be done. */
+function distrust(socket: BunSocket<Connection>, address: { host: string; port: number }, error: Error | null) {
+  const where = formatAddress(address.host, address.port);
+  const code = (error as NodeJS.ErrnoException | null)?.code ?? "";
+  if (code === "ECONNRESET") return lost(`${where}: closed in the middle of the TLS handshake`, error);
+  const why = code === "EPROTO" ? protocolProblem(error!, where) : UNTRUSTED[code]?.(certificateOf(socket));
+  const problem = why ?? `no TLS to be trusted: ${error?.message ?? "no certificate"}`;
+  return new RepriseError("insecure", `${where}: ${problem}`, error);
+}
+
+interface ShownCertificate {
+  valid_from?: string;
+  valid_to?: string;
+  subjectaltname?: string;
+}
+
+function certificateOf(socket: BunSocket<Connection>): ShownCertificate {
+  return (socket.getPeerCertificate() ?? {}) as ShownCertificate;
+}
+
+const SELF_SIGNED = "its certificate is signed by nobody but itself; name it with --ca FILE to trust it";
+const UNKNOWN_ISSUER = "its certificate is of an issuer that is not known here; name the issuer's with --ca FILE";
+const UNTRUSTED: Record<string, (shown: ShownCertificate) => string> = {
+  DEPTH_ZERO_SELF_SIGNED_CERT: () => SELF_SIGNED,
+  SELF_SIGNED_CERT_IN_CHAIN: () => UNKNOWN_ISSUER,
+  UNABLE_TO_GET_ISSUER_CERT: () => UNKNOWN_ISSUER,
+  UNABLE_TO_GET_ISSUER_CERT_LOCALLY: () => UNKNOWN_ISSUER,
+  UNABLE_TO_VERIFY_LEAF_SIGNATURE: () => UNKNOWN_ISSUER,
+  CERT_HAS_EXPIRED: ({ valid_to }) => `its certificate has expired (${valid_to}); the server needs a new one`,
+  CERT_NOT_YET_VALID: ({ valid_from }) => `its certificate is not valid before ${valid_from}, by the clock here`,
+  ERR_TLS_CERT_ALTNAME_INVALID: ({ subjectaltname = "no name" }) =>
+    `its certificate is for ${quote(subjectaltname)}, not for the name used here`,
+};
+
+function protocolProblem({ message }: Error, where: string): string {
+  if (/WRONG_VERSION_NUMBER|HTTP_REQUEST|INVALID_/.test(message)) return `no TLS is spoken there; use tcp://${where}`;
+  return `no TLS that both speak: ${quote(message)}`;
+}
+
 /** `host:port`, with an IPv6 address in brackets. */
 export function formatAddress(host: string, port: number): string {
   return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+/** Whether an address, not a name, is this machine's own to itself. */
+export function isLoopback(address: string): boolean {
+  return /^(::ffff:)?127\.|^::1$/i.test(address);
 }
 
 const REASONS: Record<string, string> = {

@@ -2,10 +2,21 @@
  * What the client's commands share: the options for all, the server they lead to, interruption, and going on after a
  * failure with what is left.
  */
+import { closeSync, fstatSync, openSync, readFileSync } from "node:fs";
 import { posix } from "node:path";
-import { type Args, numberOption, report, say, secondsOption, setProgress, setQuiet, sizeOption } from "./command.ts";
+import {
+  type Args,
+  numberOption,
+  report,
+  say,
+  secondsOption,
+  setProgress,
+  setQuiet,
+  sizeOption,
+  usage,
+} from "./command.ts";
 import { Pace } from "./connection.ts";
-import { DEFAULT_PORT, ERRORS, RepriseError } from "./protocol.ts";
+import { DEFAULT_PORT, ERRORS, MAX_TOKEN_BYTES, quote, RepriseError } from "./protocol.ts";
 import { parseServers, Remote } from "./remote.ts";
 
 /** How long an interrupted client may take to save its log before it is ended all the same. */
@@ -13,6 +24,8 @@ const INTERRUPT_MS = 1_000;
 
 export const common = {
   server: { type: "string", valueHint: "host:port", description: "Server, or several with commas (REPRISE_SERVER)" },
+  "token-file": { type: "string", valueHint: "file", description: "Access token, alone in a file (or REPRISE_TOKEN)" },
+  ca: { type: "string", valueHint: "file", description: "PEM: trust these issuers, in place of the usual ones" },
   timeout: {
     type: "string",
     valueHint: "seconds",
@@ -75,6 +88,8 @@ export function contextFrom(args: Args, signal: AbortSignal): Context {
     pace: limitRate === undefined ? undefined : new Pace(limitRate),
     timeoutMs: secondsOption(args, "timeout"),
     retries: numberOption(args, "retries", { min: 0, max: 1_000_000 }),
+    token: tokenOf(args),
+    ca: args.ca === undefined ? undefined : readLocal(String(args.ca), "the certificates of --ca"),
     signal,
     note: (text: string) => say("warn", text),
   };
@@ -93,6 +108,41 @@ export function contextFrom(args: Args, signal: AbortSignal): Context {
 
 export function serverOf(args: Args): string {
   return String(args.server ?? (process.env.REPRISE_SERVER || `127.0.0.1:${DEFAULT_PORT}`));
+}
+
+/** From --token-file or REPRISE_TOKEN. Throws `insecure` where others can read the file. */
+function tokenOf(args: Args): string | undefined {
+  const file = args["token-file"];
+  const text = file === undefined ? process.env.REPRISE_TOKEN : readLocal(String(file), "the token", checkPrivate);
+  const token = text?.trim();
+  if (token === undefined || (token === "" && file === undefined)) return undefined;
+  const isToken = /^[\x21-\x7e]+$/.test(token) && token.length <= MAX_TOKEN_BYTES;
+  if (!isToken) throw usage(`${file === undefined ? "REPRISE_TOKEN" : quote(String(file))} holds no access token`);
+  return token;
+}
+
+function checkPrivate(fd: number, path: string): void {
+  if ((fstatSync(fd).mode & 0o077) === 0) return;
+  throw new RepriseError(
+    "insecure",
+    `the token in ${quote(path)} can be read by others; chmod 600 it, or make a new one`,
+  );
+}
+
+function readLocal(path: string, what: string, check?: (fd: number, path: string) => void): string {
+  try {
+    const fd = openSync(path, "r");
+    try {
+      check?.(fd, path);
+      return readFileSync(fd, "utf8");
+    } finally {
+      closeSync(fd);
+    }
+  } catch (error) {
+    if (error instanceof RepriseError) throw error;
+    const why = (error as NodeJS.ErrnoException).code;
+    throw new RepriseError("local", `${what} in ${quote(path)} cannot be read: ${why}`, error);
+  }
 }
 
 /** Aborts on SIGINT and SIGTERM, and sees to it that the process then ends even if something hangs. */

@@ -49,6 +49,12 @@
  * [handshake]  HELLO -> WELCOME, or REDIRECT (connect there instead), or ERROR and the end of the connection. A server
  *              that does not speak the version answers ERROR `version`, whose text names the versions it speaks.
  *
+ * [access]     A token is 1 to 255 bytes that the server has given out. ERROR `denied` answers one that is not known, has
+ *              expired or leads nowhere, HELLO without one where one is needed, and a request that it does not allow: the
+ *              same text after the same time, which grows with each failure of an address.
+ *
+ * [tls]        Where the server has a certificate, all of this travels in TLS (1.2 or 1.3), from the first byte on.
+ *
  * [get]        GET -> META DATA* END, or ERROR in place of any of these frames. Content starts at `offset`, the bytes
  *              that the client already holds. A client that holds a part names its version with `etag`; if the file
  *              is another by now, the answer is ERROR `changed` and no content. So is the frame in place of the next
@@ -84,8 +90,8 @@
  *
  * [etag]       Names one version of one file; opaque to the client, at most 255 bytes.
  *
- * [limits]     A frame to the server: 65,536 bytes of payload, DATA behind a PUT 524,288. A frame to the client: 524,288.
- *              A list frame is closed at 65,536. See `MAX_*` below.
+ * [limits]     A frame to the server: HELLO 4,096 bytes of payload, others 65,536, DATA behind a PUT 524,288. A frame
+ *              to the client: 524,288. A list frame is closed at 65,536. See `MAX_*` below.
  * ```
  */
 
@@ -103,6 +109,9 @@ export const HEADER_BYTES = 9;
 export const MAX_CONTENT_BYTES = 512 * 1024;
 export const MAX_ANSWER_BYTES = MAX_CONTENT_BYTES;
 export const MAX_REQUEST_BYTES = 64 * 1024;
+/** Before a peer has said who it is. */
+export const MAX_HELLO_BYTES = 4 * 1024;
+export const MAX_TOKEN_BYTES = 255;
 /** [sums] What one SUM stands for, the last one of a file perhaps for less. */
 export const SUM_BYTES = 16 * 1024 * 1024;
 /** Content of a FILE, and of a PUT that has it with it. */
@@ -181,6 +190,7 @@ export const ERRORS = {
   no_room: { number: 16, text: "no room on the server", retry: false, closes: false, exit: ExitStatus.server },
   read_only: { number: 17, text: "the server is read-only", retry: false, closes: false, exit: ExitStatus.refused },
   in_use: { number: 18, text: "in use on the server", retry: true, closes: false, exit: ExitStatus.server },
+  denied: { number: 19, text: "access denied", retry: false, closes: true, exit: ExitStatus.refused },
   usage: { number: 100, text: "usage", retry: false, closes: false, exit: ExitStatus.usage },
   local: { number: 102, text: "local file error", retry: false, closes: false, exit: ExitStatus.local },
   lost: { number: 103, text: "connection lost", retry: true, closes: true, exit: ExitStatus.lost },
@@ -188,6 +198,8 @@ export const ERRORS = {
   terminated: { number: 105, text: "terminated", retry: false, closes: true, exit: 143 },
   pipe_closed: { number: 106, text: "the output was closed", retry: false, closes: true, exit: ExitStatus.done },
   timeout: { number: 107, text: "no byte for too long", retry: true, closes: true, exit: ExitStatus.lost },
+  insecure: { number: 108, text: "not secure", retry: false, closes: true, exit: ExitStatus.refused },
+  speaks_tls: { number: 109, text: "TLS is spoken there", retry: false, closes: true, exit: ExitStatus.refused },
 } as const satisfies Record<string, ErrorRow>;
 export type ErrorCode = keyof typeof ERRORS;
 
@@ -198,6 +210,9 @@ interface ErrorRow {
   closes: boolean;
   exit: number;
 }
+
+/** How a ClientHello begins, and how an alert of who expected one: the type of the record, then 3 for its version. */
+const TLS_RECORDS = [0x1603, 0x1503];
 
 const CODE_BY_NUMBER = new Map<number, ErrorCode>(
   Object.entries(ERRORS).map(([code, row]) => [row.number, code as ErrorCode]),
@@ -930,6 +945,7 @@ export class FrameDecoder {
   #lengthAt(bytes: Uint8Array, at: number): number {
     const length = u32At(bytes, at);
     if (length <= this.maxLength) return length;
+    if (TLS_RECORDS.includes(length >>> 16)) throw this.#fail(new RepriseError("speaks_tls"));
     throw this.#fail(badFrame(`a frame of ${length} bytes where ${this.maxLength} are allowed`));
   }
 

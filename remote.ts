@@ -5,7 +5,7 @@
  * A download goes to a `Target`, which remembers how much it holds of which version; after any failure the transfer goes
  * on at the first byte that the target does not hold.
  */
-import { type Connection, type ConnectOptions, connect, formatAddress, Pace, sleep } from "./connection.ts";
+import { type Connection, type ConnectOptions, connect, formatAddress, isLoopback, Pace, sleep } from "./connection.ts";
 import { Dropped, type Exchange, Pipeline, retryMs, type Supply } from "./pipeline.ts";
 import {
   type Answer,
@@ -44,6 +44,7 @@ const STRETCH_MS = 5_000;
 export interface Address {
   host: string;
   port: number;
+  tls?: boolean;
 }
 
 export interface RemoteOptions {
@@ -55,6 +56,10 @@ export interface RemoteOptions {
   retries?: number;
   /** Bytes a second. */
   limitRate?: number | undefined;
+  /** Sent to the server over TLS, or on this machine, and nowhere else. */
+  token?: string | undefined;
+  /** See ConnectOptions. */
+  ca?: string | undefined;
   /** In place of `limitRate`: what several share. */
   pace?: Pace | undefined;
   /** Aborting ends any call with the signal's reason. */
@@ -72,7 +77,7 @@ export interface DownloadHooks {
 
 /** A server, or several that hold the same, as an object with the protocol's actions for methods. */
 export class Remote {
-  readonly #options: Required<Omit<RemoteOptions, "limitRate" | "pace" | "signal">>;
+  readonly #options: Required<Omit<RemoteOptions, "limitRate" | "pace" | "signal" | "token" | "ca">>;
   readonly #givenUp = new AbortController();
   readonly #signal: AbortSignal;
   readonly #pace: Pace | undefined;
@@ -90,7 +95,8 @@ export class Remote {
     const pool = new BufferPool(MAX_ANSWER_BYTES + 2 * HEADER_BYTES);
     const { timeoutMs } = this.#options;
     const common = { maxLength: MAX_ANSWER_BYTES, pool, timeoutMs, directWaitMs: DIRECT_WAIT_MS };
-    this.#connecting = { ...common, signal: this.#signal, pace: this.#pace };
+    const { token, ca } = options;
+    this.#connecting = { ...common, token, ca, signal: this.#signal, pace: this.#pace };
   }
 
   /** Throws `not_found`, `bad_name`, `refused`, or `lost` after all attempts, as do all of these. */
@@ -391,7 +397,7 @@ export class Remote {
       } catch (error) {
         if (!(error instanceof Redirected)) throw error;
         this.#drop();
-        address = error.address;
+        address = { ...error.address, tls: address.tls ?? false };
         const name = formatAddress(address.host, address.port);
         if (seen.size >= MAX_REDIRECTS || seen.has(name)) throw unexpected(`redirects in a circle, last to ${name}`);
         seen.add(name);
@@ -421,6 +427,7 @@ class Redirected extends Error {
 }
 
 interface PeerOptions {
+  token?: string | undefined;
   signal: AbortSignal;
   pool: BufferPool;
   pace: Pace | undefined;
@@ -432,6 +439,7 @@ export type Receiver = Pick<Target, "bytes" | "append">;
 /** One connection to a server: requests go out, answers come in their order. HELLO travels with the first request. */
 export class Peer {
   readonly #connection: Connection;
+  readonly #address: string;
   readonly #options: PeerOptions;
   readonly #onAbort = () => this.#connection.fail(this.#options.signal.reason);
   #greeted = false;
@@ -442,13 +450,23 @@ export class Peer {
   progress = false;
 
   static async open(options: PeerOptions & ConnectOptions): Promise<Peer> {
+    const { host, port, tls = false, token = "" } = options;
     const connection = await connect(options);
-    await connection.send(encodeHello({ flags: TAKES_FILE }));
-    return new Peer(connection, options);
+    const address = formatAddress(host, port);
+    if (token !== "" && !tls && !isLoopback(connection.peer)) {
+      connection.close();
+      throw new RepriseError(
+        "insecure",
+        `${address}: no token is sent in clear to another machine; use tls://${address}`,
+      );
+    }
+    await connection.send(encodeHello({ flags: TAKES_FILE, token }));
+    return new Peer(connection, options, address);
   }
 
-  private constructor(connection: Connection, options: PeerOptions) {
+  private constructor(connection: Connection, options: PeerOptions, address: string) {
     this.#connection = connection;
+    this.#address = address;
     this.#options = options;
     options.signal.addEventListener("abort", this.#onAbort, { once: true });
   }
@@ -621,8 +639,11 @@ export class Peer {
 
   /** A server that has said WELCOME speaks the protocol: what then can't be understood was damaged on the way. */
   #explain(error: unknown): never {
-    const damaged = this.#greeted && error instanceof RepriseError && error.code === "bad_frame";
-    throw damaged ? new RepriseError("checksum", undefined, error) : error;
+    const code = error instanceof RepriseError ? error.code : undefined;
+    if (this.#greeted && (code === "bad_frame" || code === "speaks_tls"))
+      throw new RepriseError("checksum", undefined, error);
+    if (code !== "speaks_tls") throw error;
+    throw new RepriseError("insecure", `${this.#address}: TLS is spoken there; use tls://${this.#address}`, error);
   }
 
   #accept(answer: Answer): Answer {
@@ -645,13 +666,13 @@ export function unexpected(what: string): RepriseError {
   return new RepriseError("bad_frame", `the server does not keep to the protocol: ${what}`);
 }
 
-/** `host`, `host:port`, `[v6]:port`, each with `tcp://` if liked, several with commas. Throws `usage`. */
+/** `host`, `host:port`, `[v6]:port`, each with `tls://` or, if liked, `tcp://`, several with commas. Throws `usage`. */
 export function parseServers(text: string): Address[] {
   return text.split(",").map((item) => {
-    const match = /^(?:tcp:\/\/)?(?:\[([0-9a-f:.%]+)\]|([^\s:/[\]]+))(?::(\d{1,5}))?\/?$/i.exec(item.trim());
-    const port = Number(match?.[3] ?? DEFAULT_PORT);
+    const match = /^(?:(tcp|tls):\/\/)?(?:\[([0-9a-f:.%]+)\]|([^\s:/[\]]+))(?::(\d{1,5}))?\/?$/i.exec(item.trim());
+    const port = Number(match?.[4] ?? DEFAULT_PORT);
     if (!match || port < 1 || port > 65_535)
       throw new RepriseError("usage", `--server takes host:port, not ${quote(item)}`);
-    return { host: (match[1] ?? match[2])!, port };
+    return { host: (match[2] ?? match[3])!, port, tls: match[1]?.toLowerCase() === "tls" };
   });
 }

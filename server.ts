@@ -12,9 +12,11 @@
  * listen on it (the kernel spreads the connections), starts a worker again that dies, and hands signals on. A worker
  * runs one `Session` for each connection: see session.ts.
  */
+import { createPrivateKey, X509Certificate } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Subprocess, TCPSocketListener } from "bun";
+import { Admission, Gate, type Question, type Reply, type Verdict } from "./admission.ts";
 import { type Changes, openChanges } from "./changes.ts";
 import {
   type Args,
@@ -28,11 +30,13 @@ import {
   sizeOption,
   usage,
 } from "./command.ts";
-import { Connection, formatAddress, listen } from "./connection.ts";
+import { accept, type Certificate, type Connection, formatAddress, isLoopback, listen } from "./connection.ts";
+import { log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
-import { DEFAULT_PORT, encodeError, MAX_REQUEST_BYTES, quote, RepriseError } from "./protocol.ts";
-import { log, logBug, Session, type Settings, STAGED_DESCRIPTORS, uploadPool, type Worker } from "./session.ts";
+import { DEFAULT_PORT, encodeError, MAX_HELLO_BYTES, quote, RepriseError } from "./protocol.ts";
+import { Session, type Settings, STAGED_DESCRIPTORS, uploadPool, type Worker } from "./session.ts";
 import { openFolder } from "./storage.ts";
+import { readTokens, Tokens, token } from "./tokens.ts";
 
 /** The wait before a worker that lived shorter than this is started again: none at first, then this, doubled each time. */
 const YOUNG_MS = 1_000;
@@ -44,62 +48,108 @@ const MAX_FAILED_STARTS = 5;
 const START_MS = 20_000;
 /** Connections over the limit that are told so at the same time. */
 const MAX_TURNED_AWAY = 64;
+/** How long one of them may take to hear it. */
+const TURN_AWAY_MS = 5_000;
 /** Descriptors that a worker needs for itself, and for those that it turns away. */
 const OWN_DESCRIPTORS = 64 + MAX_TURNED_AWAY;
+/** Of each connection: its socket, and the file that it is about. */
+const DESCRIPTORS_EACH = 2;
+/** And where tokens have folders: the folder, to read and to write. */
+const FOLDER_DESCRIPTORS = 2;
 /** How long a stopping process waits for what it has told to end. */
 const STOP_MS = 800;
 
 /** A worker looks this often for what uploads that were given up have left. */
 const SWEEP_MS = 3600 * 1000;
 
-/** From the supervisor to a worker: end when what runs has ended, or end now. */
-type Order = "drain" | "stop";
+/** From the supervisor to a worker: end when what runs has ended; end now; read tokens and certificate again. */
+type Order = "drain" | "stop" | "reload";
 
 // ---------------------------------------------------------------------------------------------------- worker
 
 /** Listens and serves until a signal comes or the supervisor is gone. */
 function work(settings: Settings): void {
-  const root = openFolder(settings.root);
-  const sessions = new Set<Session>();
-  const turnedAway = new Set<Connection>();
-  const changes = settings.writable ? openChanges(settings.root) : undefined;
-  const startedAt = Date.now();
-  const worker: Worker = { settings, root, changes, sessions, startedAt, draining: false, stopping: false, staged: 0 };
+  const worker: Worker = {
+    settings,
+    root: openFolder(settings.root),
+    changes: settings.writable ? openChanges(settings.root) : undefined,
+    gate: new Gate((question) => process.send?.(question)),
+    ...readSecrets(settings),
+    sessions: new Set(),
+    entering: 0,
+    startedAt: Date.now(),
+    draining: false,
+    stopping: false,
+    staged: 0,
+  };
+  const { changes } = worker;
   if (changes && settings.worker === 1) sweepNowAndThen(changes, settings);
-  const { host: hostname, port, idleMs } = settings;
-  const listener = listen<Connection>({
-    hostname,
-    port,
-    reusePort: true,
-    socket: {
-      ...Connection.handlers,
-      open(socket) {
-        const connection = new Connection(socket, {
-          maxLength: MAX_REQUEST_BYTES,
-          pool: uploadPool,
-          timeoutMs: idleMs,
-          promptFrames: true,
-        });
-        if (sessions.size >= settings.maxConnections) return turnAway(settings, connection, turnedAway);
-        const session = new Session(worker, connection);
-        sessions.add(session);
-        session.run().finally(() => sessions.delete(session));
-      },
-    },
+  const turnedAway = new Set<Connection>();
+  const listener = accept({
+    host: settings.host,
+    port: settings.port,
+    maxLength: MAX_HELLO_BYTES,
+    pool: uploadPool,
+    timeoutMs: settings.idleMs,
+    promptFrames: true,
+    minRate: settings.minRate,
+    certificate: settings.tls && (() => worker.certificate!),
+    onConnection: (connection) => letIn(worker, connection, turnedAway).catch((error) => logBug(settings, error)),
   });
 
   const stopNow = () => {
     listener.stop();
-    for (const session of sessions) session.close();
-    root.close();
+    for (const session of worker.sessions) session.close();
+    worker.root.close();
     process.exit(0);
   };
   // A signal to the whole group comes here as well as to the supervisor: only what it then says counts.
-  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => {});
-  process.on("message", (order: Order) => (order === "stop" ? stopNow() : drain(worker, listener, stopNow)));
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
+  process.on("message", (message: Order | Reply) => {
+    if (typeof message === "object") worker.gate.onReply(message);
+    else if (message === "reload") reload(worker);
+    else if (message === "stop") stopNow();
+    else drain(worker, listener, stopNow);
+  });
   // The supervisor is gone, however it ended.
   process.on("disconnect", stopNow);
   process.send?.("ready");
+}
+
+/** What is read when the server starts, and again on SIGHUP. Throws `local` and `usage`. */
+function readSecrets({ tokens, tls }: Omit<Settings, "worker">): Pick<Worker, "tokens" | "certificate"> {
+  return {
+    tokens: tokens === undefined ? undefined : new Tokens(readTokens(tokens)),
+    certificate: tls && readCertificate(tls),
+  };
+}
+
+function readCertificate({ cert, key }: Certificate): Certificate {
+  const [chain, secret] = [readText(cert), readText(key)];
+  try {
+    if (new X509Certificate(chain).checkPrivateKey(createPrivateKey(secret))) return { cert: chain, key: secret };
+  } catch (error) {
+    const what = `${quote(cert)} and ${quote(key)} are no certificate and key in PEM: ${(error as Error).message}`;
+    throw new RepriseError("usage", what, error);
+  }
+  throw new RepriseError("usage", `${quote(key)} is not the key of the certificate ${quote(cert)}`);
+}
+
+function readText(path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch (error) {
+    throw new RepriseError("local", `cannot read ${quote(path)}: ${(error as NodeJS.ErrnoException).code}`, error);
+  }
+}
+
+/** The supervisor has read the same a moment ago: what is wrong only now leaves the old in use. */
+function reload(worker: Worker): void {
+  try {
+    Object.assign(worker, readSecrets(worker.settings));
+  } catch (error) {
+    log(worker.settings, { event: "reload", status: error instanceof RepriseError ? error.code : "failed" });
+  }
 }
 
 function sweepNowAndThen(changes: Changes, settings: Settings): void {
@@ -108,12 +158,39 @@ function sweepNowAndThen(changes: Changes, settings: Settings): void {
   setInterval(sweep, SWEEP_MS).unref();
 }
 
+/** Serves a connection, if there is room for it, to its end. */
+async function letIn(worker: Worker, connection: Connection, turnedAway: Set<Connection>): Promise<void> {
+  const { settings, gate, sessions } = worker;
+  const { peer } = connection;
+  if (sessions.size + worker.entering >= settings.maxOfWorker)
+    return turnAway(settings, connection, "full", turnedAway);
+  worker.entering++;
+  const verdict = await gate.enter(peer);
+  worker.entering--;
+  if (verdict !== "welcome") return turnAway(settings, connection, verdict, turnedAway);
+  const session = new Session(worker, connection);
+  sessions.add(session);
+  try {
+    await session.run();
+  } finally {
+    sessions.delete(session);
+    gate.leave(peer);
+  }
+}
+
 /** Says `busy`; beyond a number of those who are still being told, closes without a word. */
-async function turnAway(settings: Settings, connection: Connection, turnedAway: Set<Connection>): Promise<void> {
-  log(settings, { event: "close", status: "busy", peer: connection.peer });
+async function turnAway(
+  settings: Settings,
+  connection: Connection,
+  verdict: Exclude<Verdict, "welcome">,
+  turnedAway: Set<Connection>,
+): Promise<void> {
+  logRefusal(settings, { status: "busy", peer: connection.peer });
   if (turnedAway.size >= MAX_TURNED_AWAY) return connection.close();
   turnedAway.add(connection);
-  await connection.send(encodeError(new RepriseError("busy")));
+  connection.timeoutMs = Math.min(TURN_AWAY_MS, settings.idleMs);
+  const text = verdict === "full" ? undefined : "too many connections from your address";
+  await connection.send(encodeError(new RepriseError("busy", text)));
   await connection.finish();
   turnedAway.delete(connection);
 }
@@ -142,18 +219,21 @@ class Supervisor {
   readonly #settings: Omit<Settings, "worker">;
   readonly #workers = new Map<number, Subprocess>();
   readonly #done = Promise.withResolvers<number>();
+  readonly #admission: Admission;
   #stopping = false;
   #youngDeaths = 0;
   #failedStarts = 0;
 
   constructor(settings: Omit<Settings, "worker">) {
     this.#settings = settings;
+    this.#admission = new Admission(settings);
   }
 
   async run(): Promise<number> {
     const holder = holdPort(this.#settings.host, this.#settings.port);
     this.#settings.port = holder.port;
     for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => this.#stop(signal));
+    process.on("SIGHUP", () => this.#reload());
     const numbers = Array.from({ length: this.#settings.workers }, (_, index) => index + 1);
     const started = numbers.map((number) => this.#start(number));
     const ready = await Promise.race([Promise.all(started), Bun.sleep(START_MS).then(() => [false])]);
@@ -172,19 +252,41 @@ class Supervisor {
       cmd: [process.execPath, import.meta.path],
       env: { ...process.env, REPRISE_WORKER: JSON.stringify({ ...this.#settings, worker: number }) },
       stdio: ["ignore", "inherit", "inherit"],
-      ipc: () => {
+      ipc: (message: "ready" | Question, child) => {
+        if (message !== "ready") return this.#answer(number, child, message);
         listened = true;
         resolve(true);
       },
       onExit: () => {
         resolve(false);
         this.#workers.delete(number);
+        this.#admission.forget(number);
         this.#onDeath(number, performance.now() - startedAt, listened);
       },
     });
     this.#workers.set(number, child);
     if (this.#stopping) child.kill("SIGKILL");
     return promise;
+  }
+
+  #answer(number: number, child: Subprocess, question: Question): void {
+    // What one that has ended still had to say is forgotten with it.
+    if (this.#workers.get(number) !== child) return;
+    const reply = this.#admission.answer(number, question);
+    if (reply) tell(child, reply);
+  }
+
+  /** Every worker takes them in between two connections: none is refused meanwhile, none is cut. */
+  #reload(): void {
+    try {
+      readSecrets(this.#settings);
+    } catch (error) {
+      if (!(error instanceof RepriseError)) throw error;
+      say("error", `${error.message}; what was read before stays in use`);
+      return;
+    }
+    for (const child of this.#workers.values()) tell(child, "reload");
+    log({ ...this.#settings, worker: 0 }, { event: "reload", status: "ok" });
   }
 
   async #onDeath(number: number, livedMs: number, listened: boolean): Promise<void> {
@@ -223,17 +325,24 @@ class Supervisor {
   }
 
   async #announce(): Promise<void> {
-    const { host, port, root } = this.#settings;
-    await print(`listening tcp://${formatAddress(host, port)}`);
-    const onlyHere = /^(127\.|::1$|localhost$)/.test(host);
-    say("info", `serving ${quote(root)}${onlyHere ? " to this machine only; --host 0.0.0.0 opens it to others" : ""}`);
+    const { host, port, root, tls } = this.#settings;
+    await print(`listening ${tls ? "tls" : "tcp"}://${formatAddress(host, port)}`);
+    say("info", `serving ${quote(root)}${whoMay(this.#settings)}`);
   }
 }
 
+/** Who can use the server, as far as that should surprise nobody. */
+function whoMay({ host, tokens, tls, writable, anonymousWrite }: Omit<Settings, "worker">): string {
+  if (host === "localhost" || isLoopback(host)) return " to this machine only; --host 0.0.0.0 opens it to others";
+  if (tokens !== undefined) return tls ? "" : "; without --tls-cert no client sends its token from another machine";
+  const may = writable && anonymousWrite ? "read and change" : "read";
+  return `: everybody who can connect can ${may} it; --tokens says who may`;
+}
+
 /** A worker that can't be told any more is ended without. */
-function tell(child: Subprocess, order: Order): void {
+function tell(child: Subprocess, message: Order | Reply): void {
   try {
-    child.send(order);
+    child.send(message);
   } catch {
     child.kill("SIGKILL");
   }
@@ -278,11 +387,22 @@ export const main = command({
     },
     port: { type: "string", default: String(DEFAULT_PORT), valueHint: "port", description: "0 picks a free one" },
     workers: { type: "string", valueHint: "number", description: "Processes; one for each processor if not given" },
+    writable: { type: "boolean", description: "Take uploads and other changes" },
+    "anonymous-write": { type: "boolean", description: "From other machines too, without a token" },
+    tokens: { type: "string", valueHint: "file", description: "Who may do what; see the command token" },
+    "tls-cert": { type: "string", valueHint: "file", description: "Speak TLS: certificate and its chain, PEM" },
+    "tls-key": { type: "string", valueHint: "file", description: "The certificate's key, PEM" },
     "max-connections": {
       type: "string",
       default: "4096",
       valueHint: "number",
       description: "Further clients are told to come back",
+    },
+    "max-per-address": {
+      type: "string",
+      default: "0",
+      valueHint: "number",
+      description: "The same for each address, 0 for no limit",
     },
     "idle-timeout": {
       type: "string",
@@ -290,7 +410,12 @@ export const main = command({
       valueHint: "seconds",
       description: "Closes a connection after this long without a byte",
     },
-    writable: { type: "boolean", description: "Take uploads and other changes" },
+    "min-rate": {
+      type: "string",
+      default: "500",
+      valueHint: "rate",
+      description: "And one that is slower over that time; 0 for no limit",
+    },
     grace: {
       type: "string",
       default: "10",
@@ -300,9 +425,11 @@ export const main = command({
     "limit-rate": { type: "string", valueHint: "rate", description: "Bytes a second for one connection: 500K, 10M" },
     log: { type: "string", valueHint: "pretty|json", description: "pretty on a terminal, else json" },
   },
+  subCommands: { token },
   async run({ args }) {
     const settings = settingsFrom(args as unknown as Args);
     openFolder(settings.root).close();
+    readSecrets(settings);
     if (settings.writable) checkWritable(settings.root);
     try {
       process.exitCode = await new Supervisor(settings).run();
@@ -338,30 +465,42 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
     root: String(args.root),
     host: String(args.host),
     port: numberOption(args, "port", { min: 0, max: 65_535 }),
-    maxConnections: connectionsOf(
-      numberOption(args, "max-connections", { min: 1, max: 1_000_000 }),
-      workers,
-      OWN_DESCRIPTORS + (args.writable === true ? STAGED_DESCRIPTORS : 0),
-    ),
+    ...connectionsOf(args, workers),
+    maxPerAddress: numberOption(args, "max-per-address", { min: 0, max: 1_000_000 }),
     idleMs: secondsOption(args, "idle-timeout"),
+    minRate: args["min-rate"] === "0" ? 0 : sizeOption(args, "min-rate")!,
     graceMs: secondsOption(args, "grace"),
     limitRate: sizeOption(args, "limit-rate"),
-    writable: args.writable === true,
+    ...accessFrom(args),
     log,
   };
 }
 
-/** A worker's share of the connections, and no more than it has descriptors for: a socket and a file each. */
-function connectionsOf(wanted: number, workers: number, own: number): number {
-  const share = Math.ceil(wanted / workers);
+function accessFrom(args: Args): Pick<Settings, "writable" | "anonymousWrite" | "tokens" | "tls"> {
+  const file = (name: string) => args[name] as string | undefined;
+  const [tokens, cert, key] = [file("tokens"), file("tls-cert"), file("tls-key")];
+  const writable = args.writable === true;
+  const anonymousWrite = args["anonymous-write"] === true;
+  if ((cert === undefined) !== (key === undefined)) throw usage("--tls-cert and --tls-key go together");
+  if (anonymousWrite && tokens !== undefined) throw usage("--anonymous-write and --tokens exclude each other");
+  if (anonymousWrite && !writable) throw usage("--anonymous-write needs --writable");
+  return { writable, anonymousWrite, tokens, tls: cert && key ? { cert, key } : undefined };
+}
+
+/** As many connections as are asked for, and no more than there are descriptors for. */
+function connectionsOf(args: Args, workers: number): Pick<Settings, "maxConnections" | "maxOfWorker"> {
+  const wanted = numberOption(args, "max-connections", { min: 1, max: 1_000_000 });
   const limit = Number(/Max open files\s+(\d+)/.exec(readFileSync("/proc/self/limits", "utf8"))?.[1] ?? 1024);
-  const most = Math.max(1, Math.floor((limit - own) / 2));
-  if (share <= most) return share;
-  say(
-    "warn",
-    `${wanted} connections need more than the ${limit} open files allowed (ulimit -n): taking ${most * workers}`,
-  );
-  return most;
+  const own = OWN_DESCRIPTORS + (args.writable === true ? STAGED_DESCRIPTORS : 0);
+  const each = DESCRIPTORS_EACH + (args.tokens === undefined ? 0 : FOLDER_DESCRIPTORS);
+  const maxOfWorker = Math.max(1, Math.floor((limit - own) / each));
+  const maxConnections = Math.min(wanted, maxOfWorker * workers);
+  if (maxConnections < wanted)
+    say(
+      "warn",
+      `${wanted} connections need more than the ${limit} open files allowed (ulimit -n): taking ${maxConnections}`,
+    );
+  return { maxConnections, maxOfWorker };
 }
 
 if (import.meta.main) {

@@ -5,10 +5,10 @@
  * change something are put off while further ones are there already, and are then applied and answered together: see
  * changes.ts. Answers keep the order of the requests all the same.
  */
-import { writeSync } from "node:fs";
+import type { Gate } from "./admission.ts";
 import { type Change, type Changes, Upload } from "./changes.ts";
-import { say } from "./command.ts";
-import { ChunkSize, type Connection, Pace } from "./connection.ts";
+import { type Certificate, ChunkSize, type Connection, isLoopback, Pace, sleep } from "./connection.ts";
+import { type LogFields, type LogFormat, log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
 import {
   BufferPool,
@@ -40,10 +40,10 @@ import {
   type Request,
   SUM_BYTES,
   TAKES_FILE,
-  toJson,
   UNKNOWN_SIZE,
 } from "./protocol.ts";
 import type { OpenFile, Root } from "./storage.ts";
+import type { Token, Tokens } from "./tokens.ts";
 
 const SOFTWARE = `reprise ${version}`;
 /** Content of a DATA frame where it passes through our memory, which a thousand slow readers then share. */
@@ -59,8 +59,8 @@ const MAX_STAGED = 512;
 export const STAGED_DESCRIPTORS = MAX_STAGED + MAX_GROUP;
 /** A peer that waits for its answer is told so this often. */
 const WAIT_MS = 1_000;
-/** Characters of the log; PIPE_BUF is 4096 bytes. */
-const MAX_LOGGED_TOGETHER = 3_500;
+/** Whoever connects has to say so long after that who it is; less, where `--idle-timeout` is. */
+const HELLO_MS = 15_000;
 /** What a worker is told by the supervisor, as JSON in the environment variable REPRISE_WORKER. */
 export interface Settings {
   worker: number;
@@ -68,16 +68,26 @@ export interface Settings {
   root: string;
   host: string;
   port: number;
-  /** Of this worker. */
+  /** Over all workers, and of one address (0: no limit). */
   maxConnections: number;
+  maxPerAddress: number;
+  /** What the descriptors of one worker are enough for. */
+  maxOfWorker: number;
   idleMs: number;
+  /** Bytes a second that a peer must at least move while it is waited for. */
+  minRate: number;
   graceMs: number;
   /** Bytes a second for one connection. */
   limitRate?: number | undefined;
   writable: boolean;
+  /** Who needs no token may write from other machines as well. */
+  anonymousWrite: boolean;
+  /** The file of tokens; without it nobody needs one. */
+  tokens?: string | undefined;
+  /** The files of certificate and key. */
+  tls?: { cert: string; key: string } | undefined;
   log: LogFormat;
 }
-export type LogFormat = "pretty" | "json";
 
 /** What the sessions of one worker share. */
 export interface Worker {
@@ -85,7 +95,13 @@ export interface Worker {
   readonly root: Root;
   /** Undefined where the root is not to be written. */
   readonly changes: Changes | undefined;
+  readonly gate: Gate;
+  /** Undefined where nobody needs one. Both are read anew on SIGHUP. */
+  tokens: Tokens | undefined;
+  certificate: Certificate | undefined;
   readonly sessions: Set<Session>;
+  /** Connections of which it is not known yet whether there is room for them. */
+  entering: number;
   readonly startedAt: number;
   /** SIGTERM came: what runs may end, nothing new begins. */
   draining: boolean;
@@ -112,6 +128,10 @@ export class Session {
   readonly #pace: Pace | undefined;
   readonly #peer: string;
   #state: "greeting" | "waiting" | "answering" | "ending" = "greeting";
+  /** What this peer sees as the root: the server's, or its token's folder. */
+  #root: Root;
+  #changes: Changes | undefined;
+  #token: Token | undefined;
   /** Content sent for the current request, for the log. */
   #bytes = 0;
   #pending: Pending[] = [];
@@ -125,8 +145,12 @@ export class Session {
     this.#worker = worker;
     this.#connection = connection;
     this.#peer = connection.peer;
+    this.#root = worker.root;
+    this.#changes = worker.changes;
     this.#pace = worker.settings.limitRate ? new Pace(worker.settings.limitRate) : undefined;
     connection.beforeWait = () => this.#apply();
+    connection.timeoutMs = Math.min(HELLO_MS, worker.settings.idleMs);
+    connection.owes = true;
   }
 
   async run(): Promise<void> {
@@ -136,6 +160,9 @@ export class Session {
     } catch (error) {
       this.#abandon();
       await this.#refuse(error);
+    } finally {
+      if (this.#root !== this.#worker.root) this.#root.close();
+      if (this.#changes !== this.#worker.changes) this.#changes?.close();
     }
   }
 
@@ -158,6 +185,7 @@ export class Session {
       const frame = this.#ready() ?? (await this.#next());
       if (!frame) return this.#apply();
       const request = decodeRequest(frame);
+      if (this.#token && !this.#worker.tokens?.holds(this.#token)) throw await this.#denial();
       this.#state = "answering";
       if (request.action === "get" && this.#answerNow(request)) {
         if (this.#isFull) await this.#connection.flush();
@@ -179,10 +207,10 @@ export class Session {
       return await this.#connection.next();
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
-      if (error.code === "timeout") throw new RepriseError("idle");
+      if (error.code === "timeout") throw new RepriseError("idle", `closed for lack of activity: ${error.message}`);
       // Before HELLO a wrong checksum only tells that this is another protocol.
-      if (error.code === "checksum" && this.#state === "greeting") throw new RepriseError("bad_frame");
-      throw error;
+      const isOther = (error.code === "checksum" && this.#state === "greeting") || error.code === "speaks_tls";
+      throw isOther ? new RepriseError("bad_frame") : error;
     }
   }
 
@@ -204,7 +232,7 @@ export class Session {
       return false;
     const startedAt = performance.now();
     try {
-      const file = this.#worker.root.readNow(path);
+      const file = this.#root.readNow(path);
       if (!file) return false;
       this.#isFull = this.#connection.collect(encodeFile(file.meta, file.content));
       this.#logRequest({ action, path, offset } as Request, startedAt, file.content.length, "ok");
@@ -222,8 +250,47 @@ export class Session {
       this.#state = "waiting";
       throw new RepriseError("version", text);
     }
+    await this.#admit(hello.token);
     this.#takesFile = (hello.flags & TAKES_FILE) !== 0;
+    this.#connection.maxLength = MAX_REQUEST_BYTES;
+    this.#connection.timeoutMs = this.#worker.settings.idleMs;
+    this.#connection.owes = false;
     await this.#connection.send(encodeWelcome(SOFTWARE));
+  }
+
+  /** [access] Where tokens are needed, what this one leads to becomes the root. */
+  async #admit(text: string): Promise<void> {
+    const { tokens, root, changes } = this.#worker;
+    if (!tokens) return;
+    const token = tokens.find(text);
+    try {
+      if (!token) throw new RepriseError("denied");
+      if (token.folder !== "") {
+        this.#root = root.beneath(token.folder);
+        this.#changes = changes?.beneath(token.folder);
+      }
+    } catch (error) {
+      if (!(error instanceof RepriseError)) throw error;
+      throw await this.#denial();
+    }
+    this.#token = token;
+  }
+
+  /** [access] One answer for all that is not allowed, so that it does not tell why; the more failures, the later. */
+  async #denial(): Promise<RepriseError> {
+    await this.#apply();
+    await this.#connection.flush();
+    await sleep(await this.#worker.gate.failed(this.#peer));
+    return new RepriseError("denied", "access denied: this needs a token that allows it (--token-file)");
+  }
+
+  /** Why nothing can be changed here, or undefined. */
+  async #writeRefusal(): Promise<RepriseError | undefined> {
+    const { settings, tokens } = this.#worker;
+    if (tokens && this.#token?.access !== "write") return this.#denial();
+    if (!this.#changes) return readOnly("the server is read-only; started with --writable it takes changes");
+    if (tokens || settings.anonymousWrite || isLoopback(this.#peer)) return undefined;
+    return readOnly("without a token only this machine may change files; --tokens or --anonymous-write opens it");
   }
 
   /** One request, its answer and its line in the log. What is wrong with a request is an answer too. */
@@ -264,7 +331,7 @@ export class Session {
       case "list":
         return this.#list(request.path, request.recursive);
       case "stat":
-        return this.#connection.send(encodeMeta(await this.#worker.root.stat(request.path)));
+        return this.#connection.send(encodeMeta(await this.#root.stat(request.path)));
       case "status":
         return this.#connection.send(encodeInfo(describe(this.#worker)));
       case "quit":
@@ -281,8 +348,10 @@ export class Session {
     const startedAt = performance.now();
     this.#bytes = 0;
     try {
-      const change = request.action === "put" ? await this.#receive(request) : request;
-      if (!this.#worker.changes) throw readOnly();
+      if (request.action === "put") this.#expectContent(request);
+      const refusal = await this.#writeRefusal();
+      if (refusal) throw refusal;
+      const change = request.action === "put" ? await this.#receive(request, this.#changes!) : request;
       this.#pending.push({ change, startedAt, bytes: this.#bytes });
       if (change instanceof Upload) this.#worker.staged++;
     } catch (error) {
@@ -295,12 +364,15 @@ export class Session {
     if (this.#pending.length >= MAX_GROUP || this.#worker.staged >= MAX_STAGED) await this.#apply();
   }
 
-  /** An upload up to its END. Throws in the middle of it what makes the rest useless. */
-  async #receive(request: Put): Promise<Upload> {
-    const { changes } = this.#worker;
+  #expectContent(request: Put): void {
     this.#ended = request.content !== undefined;
-    if (!this.#ended) this.#connection.maxLength = MAX_CONTENT_BYTES;
-    if (!changes) throw readOnly();
+    if (this.#ended) return;
+    this.#connection.maxLength = MAX_CONTENT_BYTES;
+    this.#connection.owes = true;
+  }
+
+  /** An upload up to its END. Throws in the middle of it what makes the rest useless. */
+  async #receive(request: Put, changes: Changes): Promise<Upload> {
     const timer = this.#ended ? undefined : setInterval(() => this.#sayWait(), WAIT_MS);
     const upload = changes.receive(request, request.size <= MAX_CONTENT_BYTES);
     try {
@@ -357,13 +429,14 @@ export class Session {
     if (content.type === "end") {
       this.#ended = true;
       this.#connection.maxLength = MAX_REQUEST_BYTES;
+      this.#connection.owes = false;
     }
     return content;
   }
 
   /** Makes what was put off, all together, and answers it. */
   async #apply(): Promise<void> {
-    const { changes } = this.#worker;
+    const changes = this.#changes;
     if (this.#pending.length === 0 || !changes) return;
     const group = this.#pending;
     this.#pending = [];
@@ -406,8 +479,9 @@ export class Session {
   }
 
   async #sums({ id, path }: Extract<Request, { action: "sums" }>): Promise<void> {
-    if (id !== "" && !this.#worker.changes) throw readOnly();
-    const sums = id === "" ? this.#sumsOf(path) : this.#worker.changes!.sums(id);
+    const refusal = id === "" ? undefined : await this.#writeRefusal();
+    if (refusal) throw refusal;
+    const sums = id === "" ? this.#sumsOf(path) : this.#changes!.sums(id);
     let count = 0;
     for await (const { length, crc32 } of sums) {
       count += length;
@@ -418,7 +492,7 @@ export class Session {
   }
 
   async *#sumsOf(path: string): AsyncGenerator<{ length: number; crc32: number }> {
-    const file = await this.#worker.root.open(path);
+    const file = await this.#root.open(path);
     try {
       const { size } = file.meta;
       for (let at = 0; at < size; at += SUM_BYTES) {
@@ -433,7 +507,7 @@ export class Session {
   // ------------------------------------------------------------------------------------------------ reading
 
   async #get({ path, offset, length, etag }: Extract<Request, { action: "get" }>): Promise<void> {
-    const file = await this.#worker.root.open(path);
+    const file = await this.#root.open(path);
     try {
       const { meta } = file;
       if (etag !== "" && etag !== meta.etag) throw new RepriseError("changed", `changed on the server: ${quote(path)}`);
@@ -490,7 +564,7 @@ export class Session {
   async #list(path: string, recursive: boolean): Promise<void> {
     const frames = new EntriesEncoder();
     let count = 0;
-    for await (const entries of this.#worker.root.list(path, recursive)) {
+    for await (const entries of this.#root.list(path, recursive)) {
       if (this.#worker.stopping) throw new RepriseError("shutting_down");
       for (const entry of entries) {
         const frame = frames.add(entry);
@@ -512,9 +586,9 @@ export class Session {
   async #refuse(error: unknown): Promise<void> {
     const { code } = asReprise(error);
     if (!(error instanceof RepriseError)) logBug(this.#worker.settings, error);
-    const understands = this.#state !== "greeting" && ERRORS[code].closes && code !== "lost" && code !== "timeout";
-    if (this.#state !== "answering" && code !== "lost") this.#log({ event: "close", status: code });
-    if (understands) {
+    if (this.#state !== "answering" && code !== "lost")
+      logRefusal(this.#worker.settings, { status: code, peer: this.#peer, token: this.#token?.name });
+    if (ERRORS[code].closes && code !== "lost" && code !== "timeout") {
       await this.#connection.send(encodeError(asReprise(error))).catch(() => {});
       await this.#end();
     } else this.#connection.close();
@@ -526,7 +600,7 @@ export class Session {
   }
 
   #log(fields: LogFields): void {
-    log(this.#worker.settings, { ...fields, peer: this.#peer });
+    log(this.#worker.settings, { ...fields, peer: this.#peer, token: this.#token?.name });
   }
 }
 
@@ -536,8 +610,8 @@ function isChange(request: Request): request is ChangeRequest {
   return ["put", "remove", "move", "mkdir"].includes(request.action);
 }
 
-function readOnly(): RepriseError {
-  return new RepriseError("read_only", "refused: the server is read-only; started with --writable it takes changes");
+function readOnly(why: string): RepriseError {
+  return new RepriseError("read_only", `refused: ${why}`);
 }
 
 /** [put] [change] */
@@ -569,74 +643,4 @@ function describe({ settings, sessions, startedAt }: Worker): Record<string, unk
     writable: settings.writable,
     replicas: [],
   };
-}
-
-// ---------------------------------------------------------------------------------------------------- log
-
-interface LogFields {
-  event: string;
-  status: string;
-  peer?: string | undefined;
-  path?: string | undefined;
-  offset?: number | undefined;
-  bytes?: number | undefined;
-  ms?: number | undefined;
-}
-
-/** One line on stderr. These fields are a contract: `time event peer worker path offset bytes ms status`. */
-export function log(settings: Pick<Settings, "log" | "worker">, fields: LogFields): void {
-  const { event, peer, path, offset, bytes, ms, status } = fields;
-  const { worker } = settings;
-  if (settings.log === "json") {
-    writeLine(toJson({ time: timeNow(), event, peer, worker, path, offset, bytes, ms, status }));
-    return;
-  }
-  const what = path === undefined ? event : `${event} ${quote(path)}`;
-  const figures = bytes === undefined ? "" : ` from ${offset ?? 0}: ${bytes} bytes in ${ms} ms`;
-  say("info", `${new Date().toLocaleTimeString("en-GB")} [${worker}] ${peer ?? "-"} ${what}${figures}, ${status}`);
-}
-
-let lastTime = { at: 0, text: "" };
-
-/** The time as text, made once for all lines of a millisecond. */
-function timeNow(): string {
-  const at = Date.now();
-  if (at !== lastTime.at) lastTime = { at, text: new Date(at).toISOString() };
-  return lastTime.text;
-}
-
-let lines = "";
-
-/** What comes in one turn is written together, up to what a pipe takes whole, so that the lines of workers do not mix. */
-function writeLine(line: string): void {
-  if (lines.length + line.length > MAX_LOGGED_TOGETHER) writeLines();
-  if (lines === "") setImmediate(writeLines);
-  lines += `${line}\n`;
-}
-
-/** A log that is full loses lines, not clients. */
-function writeLines(): void {
-  if (lines === "") return;
-  try {
-    writeSync(2, lines);
-  } catch {
-    // Nobody is left to be told that the log cannot be written.
-  }
-  lines = "";
-}
-process.on("exit", writeLines);
-
-export function logBug(settings: Settings, error: unknown): void {
-  const stack = error instanceof Error ? (error.stack ?? error.message) : String(error);
-  if (settings.log === "json") {
-    writeLine(
-      toJson({
-        time: new Date().toISOString(),
-        event: "bug",
-        worker: settings.worker,
-        status: "failed",
-        stack,
-      }),
-    );
-  } else say("error", `[${settings.worker}] internal error, please report it: ${stack}`);
 }

@@ -59,6 +59,8 @@ export interface Root {
    * be had without holding up others. Throws `not_a_folder`.
    */
   list(path: string, recursive: boolean): AsyncIterable<Entry[]>;
+  /** One of its folders as a root of its own; the caller closes it. Throws `not_a_folder`. */
+  beneath(path: string): Root;
   close(): void;
 }
 
@@ -184,6 +186,10 @@ class FolderRoot implements Root {
       if (!(error instanceof RepriseError) || error.code === "failed") throw error;
       if (error.code === "refused") turn.refused ??= error;
     }
+  }
+
+  beneath(path: string): Root {
+    return new FolderRoot(this.#openFolder(path));
   }
 
   #openFolder(path: string): number {

@@ -157,7 +157,7 @@ export async function startServer(root: string, options: ServerOptions = {}): Pr
     await Promise.all([reading, listening]);
     throw new Error(`The server did not start: ${errors}`);
   }
-  const address = first.replace("listening tcp://", "");
+  const address = first.replace("listening ", "").replace("tcp://", "");
   const stop = async (signal: NodeJS.Signals) => {
     child.kill(signal);
     const status = await child.exited;
