@@ -25,7 +25,11 @@ const INTERRUPT_MS = 1_000;
 export const common = {
   server: { type: "string", valueHint: "host:port", description: "Server, or several with commas (REPRISE_SERVER)" },
   "token-file": { type: "string", valueHint: "file", description: "Access token, alone in a file (or REPRISE_TOKEN)" },
-  ca: { type: "string", valueHint: "file", description: "PEM: trust these issuers, in place of the usual ones" },
+  ca: {
+    type: "string",
+    valueHint: "file",
+    description: "PEM: trust these issuers, not the usual ones (or REPRISE_CA)",
+  },
   timeout: {
     type: "string",
     valueHint: "seconds",
@@ -89,7 +93,7 @@ export function contextFrom(args: Args, signal: AbortSignal): Context {
     timeoutMs: secondsOption(args, "timeout"),
     retries: numberOption(args, "retries", { min: 0, max: 1_000_000 }),
     token: tokenOf(args),
-    ca: args.ca === undefined ? undefined : readLocal(String(args.ca), "the certificates of --ca"),
+    ca: issuersOf(args),
     signal,
     note: (text: string) => say("warn", text),
   };
@@ -119,6 +123,12 @@ function tokenOf(args: Args): string | undefined {
   const isToken = /^[\x21-\x7e]+$/.test(token) && token.length <= MAX_TOKEN_BYTES;
   if (!isToken) throw usage(`${file === undefined ? "REPRISE_TOKEN" : quote(String(file))} holds no access token`);
   return token;
+}
+
+/** From --ca or REPRISE_CA. */
+function issuersOf(args: Args): string | undefined {
+  const file = String(args.ca ?? process.env.REPRISE_CA ?? "");
+  return file === "" ? undefined : readLocal(file, "the certificates");
 }
 
 function checkPrivate(fd: number, path: string): void {
