@@ -56,7 +56,7 @@ export interface ConnectionOptions {
 
 export class Connection {
   readonly #socket: Socket<Connection>;
-  /** Its address. */
+  /** Its address; "" when it has gone before that could be asked for. */
   readonly peer: string;
   readonly #decoder: FrameDecoder;
   readonly #encrypted: boolean;
@@ -102,7 +102,7 @@ export class Connection {
 
   constructor(socket: BunSocket<Connection>, options: ConnectionOptions) {
     this.#socket = socket as Socket<Connection>;
-    this.peer = socket.remoteAddress;
+    this.peer = socket.remoteAddress ?? "";
     this.#decoder = new FrameDecoder(options);
     this.timeoutMs = options.timeoutMs;
     this.#promptFrames = options.promptFrames ?? false;
@@ -463,7 +463,9 @@ function encrypt(socket: BunSocket<Connection>, certificate: Certificate, option
     socket: {
       ...Connection.handlers,
       handshake(socket, done, error) {
-        if (!done) socket.data.fail(new RepriseError("bad_frame", "no TLS was to be had", error));
+        // One who only looks whether somebody listens has gone by now.
+        const hasGone = (error as NodeJS.ErrnoException | null)?.code === "ECONNRESET";
+        if (!done) socket.data.fail(new RepriseError(hasGone ? "lost" : "bad_frame", "no TLS was to be had", error));
       },
     },
   } as Parameters<typeof socket.upgradeTLS<Connection>>[0]);

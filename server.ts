@@ -162,6 +162,7 @@ function sweepNowAndThen(changes: Changes, settings: Settings): void {
 async function letIn(worker: Worker, connection: Connection, turnedAway: Set<Connection>): Promise<void> {
   const { settings, gate, sessions } = worker;
   const { peer } = connection;
+  if (peer === "") return connection.close();
   if (sessions.size + worker.entering >= settings.maxOfWorker)
     return turnAway(settings, connection, "full", turnedAway);
   worker.entering++;
