@@ -20,6 +20,7 @@ import {
   openSync,
   readdirSync,
   renameSync,
+  statfsSync,
   unlinkSync,
   writeSync,
 } from "node:fs";
@@ -39,7 +40,16 @@ import {
   WriteQueue,
 } from "./disk.ts";
 import { libc } from "./libc.ts";
-import { type Meta, type Put, quote, RepriseError, type Request, SUM_BYTES, splitPath } from "./protocol.ts";
+import {
+  type Meta,
+  type Put,
+  quote,
+  RepriseError,
+  type Request,
+  SUM_BYTES,
+  splitPath,
+  UNKNOWN_SIZE,
+} from "./protocol.ts";
 import { beneath, errorCode, etagOf, isHidden, locate, metaOf } from "./storage.ts";
 
 const STAGING = ".reprise";
@@ -49,6 +59,13 @@ const KEEP_MS = 7 * 24 * 3600 * 1000;
 /** The lock that all workers share is held for some milliseconds at a time. */
 const LOCK_RETRY_MS = 1;
 const LOCK_LIMIT_MS = 10_000;
+/**
+ * Uploads take so much between two looks at the free space; a look costs 4 µs. What other workers take meanwhile is not
+ * seen, so each of them may go so far beyond the limit.
+ */
+const LOOK_BYTES = 4 * 1024 * 1024;
+/** What even an empty file takes of a disk. */
+const BLOCK_BYTES = 4096;
 
 export type Change = Upload | Extract<Request, { action: "remove" | "move" | "mkdir" }>;
 /** What became of a change: the new version of an upload, nothing for others, or what was wrong. */
@@ -61,20 +78,22 @@ export interface ChangesOptions {
   wrap?: Wrap;
   /** Whether anybody wants to know the etag of what was put. */
   versions?: boolean;
+  /** Bytes of the largest file that is taken; undefined for any. */
+  maxUpload?: number | undefined;
+  /** Bytes that uploads leave free on the file system; 0 does not look. */
+  keepFree?: number;
 }
 type Wrap = (error: unknown, path: string) => RepriseError;
 
 /** A root that can be written, made if it is not there. Throws system errors. */
 export function openChanges(root: string, options: ChangesOptions = {}): Changes {
-  const { staging = STAGING, wrap = errorOf, versions = true } = options;
+  const { staging = STAGING, wrap = errorOf, versions = true, maxUpload = UNKNOWN_SIZE, keepFree = 0 } = options;
   mkdirSync(`${root}/${staging}`, { mode: 0o700, recursive: true });
   const flags = constants.O_RDONLY | constants.O_DIRECTORY;
-  return new Changes(
-    openSync(root, flags),
-    openSync(`${root}/${staging}`, flags | constants.O_NOFOLLOW),
-    wrap,
-    versions,
-  );
+  const rootFd = openSync(root, flags);
+  const stagingFd = openSync(`${root}/${staging}`, flags | constants.O_NOFOLLOW);
+  const limits = { maxBytes: maxUpload, room: keepFree > 0 ? new Room(stagingFd, keepFree) : undefined };
+  return new Changes(rootFd, stagingFd, wrap, versions, limits);
 }
 
 export class Changes {
@@ -87,12 +106,14 @@ export class Changes {
   readonly #inMemory: boolean;
   readonly #wrap: Wrap;
   readonly #versions: boolean;
+  readonly #limits: Limits;
   readonly #anonymous = `new-${process.pid}-${randomUUID().slice(0, 8)}`;
   #count = 0;
 
-  constructor(root: number, staging: number, wrap: Wrap, versions: boolean, lock?: number) {
+  constructor(root: number, staging: number, wrap: Wrap, versions: boolean, limits: Limits, lock?: number) {
     this.#wrap = wrap;
     this.#versions = versions;
+    this.#limits = limits;
     this.#root = root;
     this.#stagingFd = staging;
     this.#staging = beneath(staging);
@@ -103,19 +124,26 @@ export class Changes {
 
   /** One of its folders as a root of its own, staged where all is; to be closed before this. Throws as `locate`. */
   beneath(path: string): Changes {
-    return new Changes(locate(this.#root, path), this.#stagingFd, this.#wrap, this.#versions, this.#lock);
+    const folder = locate(this.#root, path);
+    return new Changes(folder, this.#stagingFd, this.#wrap, this.#versions, this.#limits, this.#lock);
   }
 
   /**
    * Begins to take an upload. What is known to end in an error later is refused now. Throws `not_found` for the folder,
-   * `not_a_file`, `exists`, `changed`, `in_use`, `bad_range`, `no_room`.
+   * `not_a_file`, `exists`, `changed`, `in_use`, `bad_range`, `too_large`, `no_room`.
    */
   receive(put: Put, isSmall: boolean): Upload {
     if (!isSmall) this.#check(put);
     if (put.id !== "" && !/^[0-9a-f]{32}$/.test(put.id)) throw new RepriseError("refused", "refused: not an upload id");
     const name = put.id === "" ? `${this.#anonymous}-${++this.#count}` : `put-${put.id}`;
+    const staged = { folder: this.#stagingFd, name, path: `${this.#staging}/${name}` };
     try {
-      return Upload.open(put, { folder: this.#stagingFd, name, path: `${this.#staging}/${name}` }, this.#wrap);
+      if (bytesKnownOf(put) > this.#limits.maxBytes) {
+        // Taken when more was allowed: nobody can go on with it.
+        if (put.id !== "") sweepUpload(staged.path, Number.POSITIVE_INFINITY);
+        throw tooLarge(put, this.#limits.maxBytes);
+      }
+      return Upload.open(put, staged, this.#wrap, this.#limits);
     } catch (error) {
       throw this.#wrap(error, put.path);
     }
@@ -314,6 +342,54 @@ export class Changes {
   }
 }
 
+/** What uploads are held to. */
+interface Limits {
+  /** Of one file. */
+  maxBytes: number;
+  room: Room | undefined;
+}
+
+/** The space that a worker's uploads may take of the file system, all together, so that some of it stays free. */
+class Room {
+  readonly keepFree: number;
+  readonly #folder: string;
+  /** To be taken before the next look. */
+  #allowed = 0;
+  /** Taken and not yet written: the file system does not know of it. */
+  #unwritten = 0;
+
+  constructor(folder: number, keepFree: number) {
+    this.#folder = beneath(folder);
+    this.keepFree = keepFree;
+  }
+
+  /** Whether so much could be taken. */
+  has(bytes: number): boolean {
+    if (bytes <= this.#allowed) return true;
+    const most = this.#look();
+    this.#allowed = Math.min(LOOK_BYTES, most);
+    return bytes <= most;
+  }
+
+  /** Takes it, for what `written` will be told of; false where there is no room. */
+  take(bytes: number): boolean {
+    if (!this.has(bytes)) return false;
+    this.#allowed -= bytes;
+    this.#unwritten += bytes;
+    return true;
+  }
+
+  written(bytes: number): void {
+    this.#unwritten -= bytes;
+  }
+
+  #look(): number {
+    const { blocks, bavail, bsize } = statfsSync(this.#folder);
+    // A tmpfs without a limit, and what does not know, count no blocks at all.
+    return blocks === 0 ? Number.POSITIVE_INFINITY : Math.max(0, bavail * bsize - this.keepFree - this.#unwritten);
+  }
+}
+
 /** A file on its way into the root. */
 export class Upload {
   readonly action = "put";
@@ -322,13 +398,28 @@ export class Upload {
   readonly fd: number;
   readonly #queue: WriteQueue;
   readonly #wrap: Wrap;
+  readonly #limits: Limits;
+  /** Bytes that came and those before them, of which the last `#unwritten` are still to be written. */
+  #taken: number;
+  #unwritten = 0;
   /** It has its name: nothing is staged any more. */
   placed = false;
 
-  static open(request: Put, staged: Place, wrap: Wrap): Upload {
+  /** Throws `in_use`, `bad_range`, `no_room`, and system errors. */
+  static open(request: Put, staged: Place, wrap: Wrap, limits: Limits): Upload {
+    const upload = Upload.#open(request, staged, wrap, limits);
+    const { size, offset } = request;
+    const isKnown = size !== UNKNOWN_SIZE;
+    if (!isKnown || !limits.room || limits.room.has(size - offset)) return upload;
+    if (offset === 0) upload.drop();
+    upload.close();
+    throw noRoom(request, limits.room);
+  }
+
+  static #open(request: Put, staged: Place, wrap: Wrap, limits: Limits): Upload {
     if (request.id === "" && request.offset > 0) throw notHeld(request);
     // A name that nobody else can have needs no lock.
-    if (request.id === "") return new Upload(request, staged, create(staged), wrap);
+    if (request.id === "") return new Upload(request, staged, create(staged), wrap, limits);
     const fd = openLocked(staged.path);
     const { size } = fstatSync(fd);
     if (size >= request.offset) ftruncateSync(fd, request.offset);
@@ -338,11 +429,13 @@ export class Upload {
       closeSync(fd);
       throw notHeld(request);
     }
-    return new Upload(request, staged, fd, wrap);
+    return new Upload(request, staged, fd, wrap, limits);
   }
 
-  private constructor(request: Put, staged: Place, fd: number, wrap: Wrap) {
+  private constructor(request: Put, staged: Place, fd: number, wrap: Wrap, limits: Limits) {
     this.#wrap = wrap;
+    this.#limits = limits;
+    this.#taken = request.offset;
     this.request = request;
     this.staged = staged;
     this.fd = fd;
@@ -355,13 +448,38 @@ export class Upload {
     return this.#queue.bytes;
   }
 
-  /** Takes the chunk's memory over until it calls `free` with it. Throws `no_room`, `failed`. */
+  /** Takes the chunk's memory over until it calls `free` with it. Throws `too_large`, `no_room`, `failed`. */
   append(chunk: Uint8Array, crc32: number, free: Release): Promise<void> {
-    return this.#queue.append(chunk, crc32, free);
+    const { length } = chunk;
+    this.#taken += length;
+    if (this.#taken > this.#limits.maxBytes) {
+      this.drop();
+      throw tooLarge(this.request, this.#limits.maxBytes);
+    }
+    if (!this.#limits.room) return this.#queue.append(chunk, crc32, free);
+    this.#takeRoom(length);
+    return this.#queue.append(chunk, crc32, (written) => {
+      this.#leaveRoom(length);
+      free(written);
+    });
+  }
+
+  #takeRoom(bytes: number): void {
+    const { room } = this.#limits;
+    if (!room) return;
+    if (!room.take(bytes)) throw noRoom(this.request, room);
+    this.#unwritten += bytes;
+  }
+
+  /** What was taken is written, or never will be. */
+  #leaveRoom(bytes: number): void {
+    this.#limits.room?.written(bytes);
+    this.#unwritten -= bytes;
   }
 
   /** All of a small one. Throws as `append`. */
   write(content: Uint8Array): void {
+    this.#takeRoom(Math.max(1, Math.ceil(content.length / BLOCK_BYTES)) * BLOCK_BYTES);
     try {
       for (let at = 0; at < content.length; ) at += writeSync(this.fd, content, at, content.length - at, at);
     } catch (error) {
@@ -391,6 +509,7 @@ export class Upload {
 
   /** Lets go of it; what is staged stays for an upload that can go on. */
   close(): void {
+    this.#leaveRoom(this.#unwritten);
     if (this.request.id === "") this.drop();
     else unlock(this.fd, this.staged.path);
     closeSync(this.fd);
@@ -489,6 +608,11 @@ function lookAt(place: string) {
   return lstatSync(place, { bigint: true, throwIfNoEntry: false });
 }
 
+/** Of the file that an upload is to become: all, or what the server is said to hold already. */
+function bytesKnownOf({ size, offset }: Put): number {
+  return size === UNKNOWN_SIZE ? offset : size;
+}
+
 /** Whether an upload may take the name. Throws `not_a_file`, `exists`, `changed`, `refused`. */
 function checkTarget({ path, noClobber, etag }: Put, place: string): Stats {
   const target = lookAt(place);
@@ -541,6 +665,26 @@ function exists(path: string): RepriseError {
 
 function notHeld({ offset, path }: Put): RepriseError {
   return new RepriseError("bad_range", `the server does not hold ${offset} bytes of ${quote(path)}`);
+}
+
+function tooLarge({ path }: Put, maxBytes: number): RepriseError {
+  return new RepriseError(
+    "too_large",
+    `refused: ${quote(path)} is larger than the ${inUnits(maxBytes)} that the server takes (--max-upload)`,
+  );
+}
+
+function noRoom({ path }: Put, { keepFree }: Room): RepriseError {
+  return new RepriseError(
+    "no_room",
+    `no room on the server for ${quote(path)}, of which it keeps ${inUnits(keepFree)} free (--keep-free); make room there and put it again`,
+  );
+}
+
+/** As the options take it: `64M`, or bytes where that would not be exact. */
+function inUnits(bytes: number): string {
+  const power = [4, 3, 2, 1].find((power) => bytes % 1024 ** power === 0);
+  return power ? `${bytes / 1024 ** power}${"KMGT"[power - 1]}` : `${bytes} bytes`;
 }
 
 function notAFile(path: string): RepriseError {

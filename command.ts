@@ -258,15 +258,18 @@ export function secondsOption(args: Args, name: string): number {
 
 const SIZE_UNITS = { "": 1, K: 1024, M: 1024 ** 2, G: 1024 ** 3, T: 1024 ** 4 } as const;
 
-/** Bytes as in `500K`, `10M`, `1.5G` (powers of 1024); undefined where the option is not given. Throws `usage`. */
-export function sizeOption(args: Args, name: string): number | undefined {
+/**
+ * Bytes as in `500K`, `10M`, `1.5G` (powers of 1024), `least` or more; undefined where the option is not given. Throws
+ * `usage`.
+ */
+export function sizeOption(args: Args, name: string, least = 1): number | undefined {
   if (args[name] === undefined) return undefined;
   const text = String(args[name]);
   const match = /^(\d+(?:\.\d+)?)([KMGT]?)B?$/i.exec(text);
   const value = match
     ? Math.floor(Number(match[1]) * SIZE_UNITS[match[2]!.toUpperCase() as keyof typeof SIZE_UNITS])
-    : 0;
-  if (value >= 1 && Number.isSafeInteger(value)) return value;
+    : -1;
+  if (value >= least && Number.isSafeInteger(value)) return value;
   throw usage(`--${name} takes a size such as 500K or 10M, not ${quote(text)}`);
 }
 

@@ -191,6 +191,7 @@ export const ERRORS = {
   read_only: { number: 17, text: "the server is read-only", retry: false, closes: false, exit: ExitStatus.refused },
   in_use: { number: 18, text: "in use on the server", retry: true, closes: false, exit: ExitStatus.server },
   denied: { number: 19, text: "access denied", retry: false, closes: true, exit: ExitStatus.refused },
+  too_large: { number: 20, text: "too large for the server", retry: false, closes: false, exit: ExitStatus.refused },
   usage: { number: 100, text: "usage", retry: false, closes: false, exit: ExitStatus.usage },
   local: { number: 102, text: "local file error", retry: false, closes: false, exit: ExitStatus.local },
   lost: { number: 103, text: "connection lost", retry: true, closes: true, exit: ExitStatus.lost },

@@ -80,6 +80,12 @@ export interface Settings {
   /** Bytes a second for one connection. */
   limitRate?: number | undefined;
   writable: boolean;
+  /** Bytes of the largest file that is taken. */
+  maxUpload?: number | undefined;
+  /** Bytes that uploads leave free on the root's file system. */
+  keepFree: number;
+  /** Entries of one list. */
+  maxList: number;
   /** Who needs no token may write from other machines as well. */
   anonymousWrite: boolean;
   /** The file of tokens; without it nobody needs one. */
@@ -566,6 +572,7 @@ export class Session {
     let count = 0;
     for await (const entries of this.#root.list(path, recursive)) {
       if (this.#worker.stopping) throw new RepriseError("shutting_down");
+      if (count + entries.length > this.#worker.settings.maxList) throw tooLong(path, recursive, this.#worker);
       for (const entry of entries) {
         const frame = frames.add(entry);
         if (frame) await this.#send(frame);
@@ -612,6 +619,12 @@ function isChange(request: Request): request is ChangeRequest {
 
 function readOnly(why: string): RepriseError {
   return new RepriseError("read_only", `refused: ${why}`);
+}
+
+function tooLong(path: string, recursive: boolean, { settings }: Worker): RepriseError {
+  const what = `refused: ${path === "" ? "the list" : `the list of ${quote(path)}`} has more than ${settings.maxList} entries`;
+  const advice = recursive ? "list its folders one by one" : "ask for what is in it by its name";
+  return new RepriseError("refused", `${what} (--max-list); ${advice}`);
 }
 
 /** [put] [change] */

@@ -505,6 +505,7 @@ const FINAL: ReadonlySet<string> = new Set([
   "changed",
   "exists",
   "read_only",
+  "too_large",
 ]);
 
 // ---------------------------------------------------------------------------------------------------- resume

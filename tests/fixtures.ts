@@ -51,6 +51,19 @@ export function temporaryFolder(parent = tmpdir()): { path: string } & Disposabl
   return { path, [Symbol.dispose]: () => rmSync(path, { recursive: true, force: true }) };
 }
 
+/** A tmpfs of that size; undefined where even root may not have one. */
+export function mountSmall(size: string): ({ path: string } & Disposable) | undefined {
+  const folder = temporaryFolder();
+  const { exitCode } = Bun.spawnSync(["mount", "-t", "tmpfs", "-o", `size=${size}`, "none", folder.path]);
+  if (exitCode === 0) {
+    const unmount = () => Bun.spawnSync(["umount", "-l", folder.path]);
+    return { path: folder.path, [Symbol.dispose]: () => void (unmount() && folder[Symbol.dispose]()) };
+  }
+  console.log("skipped: this machine does not let root mount a tmpfs");
+  folder[Symbol.dispose]();
+  return undefined;
+}
+
 /** Bytes that no two seeds share and no compressor shortens. */
 export function randomBytes(length: number, seed = 1): Uint8Array {
   const words = new Uint32Array(Math.ceil(length / 4));

@@ -52,6 +52,7 @@ import {
   isAlive,
   type LogLine,
   makeRoot,
+  mountSmall,
   type RawConnection,
   randomBytes,
   runClient,
@@ -1050,23 +1051,10 @@ test.skipIf(!canDrop)("a root that cannot be written: --writable does not start,
 const canMount = isRoot && Bun.which("mount") !== null;
 if (!canMount) console.log("skipped: the tests of a full or read-only disk mount a tmpfs, which needs root");
 
-/** A tmpfs of that size; undefined where even root may not have one. */
-function mountSmall(size: string): ({ path: string } & Disposable) | undefined {
-  const folder = temporaryFolder();
-  const { exitCode } = Bun.spawnSync(["mount", "-t", "tmpfs", "-o", `size=${size}`, "none", folder.path]);
-  if (exitCode === 0) {
-    const unmount = () => Bun.spawnSync(["umount", "-l", folder.path]);
-    return { path: folder.path, [Symbol.dispose]: () => void (unmount() && folder[Symbol.dispose]()) };
-  }
-  console.log("skipped: this machine does not let root mount a tmpfs");
-  folder[Symbol.dispose]();
-  return undefined;
-}
-
 test.skipIf(!canMount)("a full disk on the server: status 9 in its words, and on when there is room", async () => {
   using small = mountSmall("4M");
   if (!small) return;
-  await using it = await setUp({ root: small.path });
+  await using it = await setUp({ root: small.path, args: ["--keep-free", "0"] });
   const file = it.source("f", randomBytes(SIZE));
   const full = await it.put(file);
   expect(full.status).toBe(9);

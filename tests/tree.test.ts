@@ -857,7 +857,7 @@ describe("a full disk", () => {
     using folder = temporaryFolder();
     if (!tmpfs(root.path, "2m")) return console.log("skipped: a small tmpfs cannot be mounted here");
     try {
-      await using server = await startServer(root.path, { args: ["--writable"] });
+      await using server = await startServer(root.path, { args: ["--writable", "--keep-free", "0"] });
       writeTree(join(folder.path, "t"), {
         ...small(50, "a/"),
         ...Object.fromEntries(Array.from({ length: 12 }, (_, index) => [`b/${index}`, randomBytes(300 * KIB, index)])),
