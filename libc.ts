@@ -39,6 +39,17 @@ export interface FolderCalls {
   statAt(folder: number, names: Uint8Array, at: number): Stat | number;
 }
 
+/** What a service manager is told things with; a script that is not run by one needs none of it. */
+export interface ServiceCalls {
+  /**
+   * Sends one datagram to a unix socket: 0 or -errno (EAGAIN: there is no room for it yet). `address` is a path, or
+   * "@name" for a name without a file.
+   */
+  sendDatagram(address: string, message: string): number;
+  /** clock_gettime(2) of CLOCK_MONOTONIC, in microseconds. */
+  monotonicMicros(): bigint;
+}
+
 export interface Stat {
   kind: "file" | "folder" | "other";
   /** Bytes. */
@@ -83,6 +94,14 @@ const O_NEW = 0o2 | 0o100 | 0o200 | constants.O_NOFOLLOW | 0o2000000;
 const RENAME_NOREPLACE = 1;
 const LOCK_EX_NB = 2 | 4;
 const LOCK_UN = 8;
+const AF_UNIX = 1;
+/** SOCK_DGRAM | SOCK_CLOEXEC */
+const SOCK_DATAGRAM = 2 | 0o2000000;
+const MSG_NOSIGNAL = 0x4000;
+/** Of sockaddr_un: the family u16, then a path and its NUL, or a NUL and a name. */
+const SUN_PATH_AT = 2;
+const SUN_PATH_BYTES = 108;
+const CLOCK_MONOTONIC = 1;
 const O_PATH_NOFOLLOW_CLOEXEC = 0o10000000 | 0o400000 | 0o2000000;
 /** RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH */
 const RESOLVE_STRICTLY_BENEATH = 0x02 | 0x04 | 0x08;
@@ -99,6 +118,7 @@ const S_IFDIR = 0o040000;
 
 let loaded: Libc | null | undefined;
 let folderCallsLoaded: FolderCalls | null | undefined;
+let serviceCallsLoaded: ServiceCalls | null | undefined;
 
 /** Loaded at the first call, because that costs 2 ms and a small download may need none of it. */
 export function libc(): Libc | null {
@@ -110,6 +130,12 @@ export function libc(): Libc | null {
 export function folderCalls(): FolderCalls | null {
   if (folderCallsLoaded === undefined) folderCallsLoaded = load(bindFolderCalls);
   return folderCallsLoaded;
+}
+
+/** The same for a service. */
+export function serviceCalls(): ServiceCalls | null {
+  if (serviceCallsLoaded === undefined) serviceCallsLoaded = load(bindServiceCalls);
+  return serviceCallsLoaded;
 }
 
 function load<T>(bindTo: (name: string) => T): T | null {
@@ -199,6 +225,51 @@ function bindFolderCalls(name: string): FolderCalls {
       return c.statx(folder, name, AT_THE_NAME_ITSELF, STATX_WANTED, stat) < 0 ? -read.i32(errnoAt) : readStat(view);
     },
   };
+}
+
+function bindServiceCalls(name: string): ServiceCalls {
+  const { dlopen, FFIType, read } = require("bun:ffi") as typeof import("bun:ffi");
+  const { i32, u32, u64, i64_fast: i64, ptr } = FFIType;
+  const { symbols: c } = dlopen(name, {
+    socket: { args: [i32, i32, i32], returns: i32 },
+    sendto: { args: [i32, ptr, u64, i32, ptr, u32], returns: i64 },
+    close: { args: [i32], returns: i32 },
+    clock_gettime: { args: [i32, ptr], returns: i32 },
+    __errno_location: { args: [], returns: ptr },
+  });
+  const errnoAt = c.__errno_location() as Pointer;
+  const orErrno = (result: number | bigint): number => (result < 0 ? -read.i32(errnoAt) : 0);
+  return {
+    sendDatagram(address, message) {
+      const place = socketAddress(address);
+      if (!place) return -Errno.ENAMETOOLONG;
+      const bytes = encoder.encode(message);
+      const fd = c.socket(AF_UNIX, SOCK_DATAGRAM, 0);
+      if (fd < 0) return orErrno(fd);
+      try {
+        return orErrno(c.sendto(fd, bytes, bytes.length, MSG_DONTWAIT | MSG_NOSIGNAL, place, place.length));
+      } finally {
+        c.close(fd);
+      }
+    },
+    monotonicMicros() {
+      const time = new BigInt64Array(2);
+      c.clock_gettime(CLOCK_MONOTONIC, time);
+      return time[0]! * 1_000_000n + time[1]! / 1000n;
+    },
+  };
+}
+
+/** A sockaddr_un, as long as it is; undefined where the name does not fit. */
+function socketAddress(address: string): Uint8Array | undefined {
+  const isAbstract = address.startsWith("@");
+  // The NUL stands before a name, and behind a path.
+  const name = encoder.encode(isAbstract ? `\0${address.slice(1)}` : `${address}\0`);
+  if (name.length > SUN_PATH_BYTES) return undefined;
+  const bytes = new Uint8Array(SUN_PATH_AT + name.length);
+  new DataView(bytes.buffer).setUint16(0, AF_UNIX, true);
+  bytes.set(name, SUN_PATH_AT);
+  return bytes;
 }
 
 function readStat(view: DataView): Stat {

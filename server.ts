@@ -36,6 +36,7 @@ import { version } from "./package.json";
 import { DEFAULT_PORT, encodeError, MAX_HELLO_BYTES, quote, RepriseError } from "./protocol.ts";
 import { Session, type Settings, STAGED_DESCRIPTORS, uploadPool, type Worker } from "./session.ts";
 import { openFolder } from "./storage.ts";
+import { notify, notifyReloading } from "./systemd.ts";
 import { readTokens, Tokens, token } from "./tokens.ts";
 
 /** The wait before a worker that lived shorter than this is started again: none at first, then this, doubled each time. */
@@ -222,6 +223,9 @@ class Supervisor {
   readonly #done = Promise.withResolvers<number>();
   readonly #admission: Admission;
   #stopping = false;
+  #isReady = false;
+  /** What the service manager was told last has been sent. */
+  #told: Promise<void> | undefined;
   #youngDeaths = 0;
   #failedStarts = 0;
 
@@ -241,7 +245,9 @@ class Supervisor {
     holder.stop(true);
     if (!this.#stopping && ready.every(Boolean)) await this.#announce();
     else this.#giveUp("a worker did not start");
-    return this.#done.promise;
+    const status = await this.#done.promise;
+    await Promise.race([this.#told, Bun.sleep(STOP_MS)]);
+    return status;
   }
 
   /** Starts a worker; resolves when it listens, with false if it ends before that. */
@@ -251,7 +257,12 @@ class Supervisor {
     let listened = false;
     const child = Bun.spawn({
       cmd: [process.execPath, import.meta.path],
-      env: { ...process.env, REPRISE_WORKER: JSON.stringify({ ...this.#settings, worker: number }) },
+      // What the service manager is told is told by the supervisor alone.
+      env: {
+        ...process.env,
+        NOTIFY_SOCKET: undefined,
+        REPRISE_WORKER: JSON.stringify({ ...this.#settings, worker: number }),
+      },
       stdio: ["ignore", "inherit", "inherit"],
       ipc: (message: "ready" | Question, child) => {
         if (message !== "ready") return this.#answer(number, child, message);
@@ -286,7 +297,11 @@ class Supervisor {
       say("error", `${error.message}; what was read before stays in use`);
       return;
     }
+    // Whoever has not yet been told that it is ready must not be told so by this.
+    const isTold = this.#isReady && !this.#stopping;
+    if (isTold) notifyReloading();
     for (const child of this.#workers.values()) tell(child, "reload");
+    if (isTold) this.#told = notify("READY=1");
     log({ ...this.#settings, worker: 0 }, { event: "reload", status: "ok" });
   }
 
@@ -306,6 +321,7 @@ class Supervisor {
   #stop(signal: "SIGINT" | "SIGTERM"): void {
     const again = this.#stopping;
     this.#stopping = true;
+    if (!again) this.#told = notify("STOPPING=1");
     const order: Order = signal === "SIGINT" || again ? "stop" : "drain";
     for (const child of this.#workers.values()) tell(child, order);
     if (this.#workers.size === 0) this.#done.resolve(0);
@@ -328,6 +344,8 @@ class Supervisor {
   async #announce(): Promise<void> {
     const { host, port, root, tls } = this.#settings;
     await print(`listening ${tls ? "tls" : "tcp"}://${formatAddress(host, port)}`);
+    if (!this.#stopping) this.#told = notify("READY=1");
+    this.#isReady = true;
     say("info", `serving ${quote(root)}${whoMay(this.#settings)}`);
   }
 }

@@ -132,25 +132,16 @@ export interface ServerOptions {
   cwd?: string;
   /** A command that runs the server, as `nice -n 5` would. */
   runBy?: string[];
+  /** Another bun and another copy of the script. */
+  program?: [string, string];
 }
 
 /** Starts the real server on `root` and returns when it listens. */
 export async function startServer(root: string, options: ServerOptions = {}): Promise<Server> {
   const { args = [], env = {}, port = 0, cwd = HOME, runBy = [] } = options;
+  const { program = [process.execPath, join(HOME, "server.ts")] } = options;
   const child = Bun.spawn({
-    cmd: [
-      ...runBy,
-      process.execPath,
-      join(HOME, "server.ts"),
-      root,
-      "--port",
-      String(port),
-      "--workers",
-      "2",
-      "--log",
-      "json",
-      ...args,
-    ],
+    cmd: [...runBy, ...program, root, "--port", String(port), "--workers", "2", "--log", "json", ...args],
     cwd,
     env: { ...process.env, ...env },
     stdio: ["ignore", "pipe", "pipe"],

@@ -175,6 +175,31 @@ describe("--max-upload", () => {
     expect(existsSync(join(root.path, "f"))).toBe(false);
   });
 
+  test("counts for a guest whose token is for a folder", async () => {
+    using root = makeRoot({ "d/x": "1" });
+    using folder = makeRoot({ f: randomBytes(20_001) });
+    const file = join(folder.path, "tokens.json");
+    const added = Bun.spawnSync(
+      [process.execPath, join(HOME, "server.ts")].concat([
+        "token",
+        "add",
+        "guest",
+        "--access",
+        "write",
+        "--folder",
+        "d",
+        "--tokens",
+        file,
+      ]),
+    );
+    await using server = await startServer(root.path, writable("--max-upload", "20000", "--tokens", file));
+    const env = { REPRISE_TOKEN: added.stdout.toString().trim() };
+    const run = await runClient(server.address, ["put", "f"], { cwd: folder.path, env });
+    expect(run.status).toBe(4);
+    expect(run.errors).toContain('"f" is larger than the 20000 bytes');
+    expect((await runClient(server.address, ["cat", "x"], { env })).output).toBe("1");
+  });
+
   test("put -r goes on with the rest: a line for each that is too large, status 4", async () => {
     using root = makeRoot({});
     using folder = temporaryFolder();
