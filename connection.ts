@@ -350,9 +350,9 @@ export class Connection {
 
   /** Takes what is due of a large frame from the kernel; false when nothing comes at once, or no such frame is due. */
   #receive(): boolean {
-    const space = this.#decoder.space();
-    const calls = this.#direct && (this.#streaming || space.length >= MIN_DIRECT_BYTES) ? libc() : null;
+    const calls = this.#direct && (this.#streaming || this.#decoder.due >= MIN_DIRECT_BYTES) ? libc() : null;
     if (!calls) return false;
+    const space = this.#decoder.space();
     const { fd } = this.#socket;
     let count = calls.receive(fd, space);
     // Handing the socket back to Bun for such a moment would have it read into new memory each time.

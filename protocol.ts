@@ -829,6 +829,9 @@ export class BufferPool {
   }
 }
 
+/** In place of memory that a decoder has no use for: thousands of connections wait between two frames. */
+const NOTHING: Uint8Array = new Uint8Array(0);
+
 /**
  * Cuts a stream of bytes into frames. Bytes come in by `push(chunk)`, or are received straight into `space()` and
  * announced by `filled(count)`; `next()` gives the frames, checked. One rule: a length is looked at before anything is
@@ -842,10 +845,10 @@ export class FrameDecoder {
   maxLength: number;
   readonly #pool: BufferPool | undefined;
   /** What was pushed and not yet taken. */
-  #chunk: Uint8Array = new Uint8Array(0);
+  #chunk = NOTHING;
   #at = 0;
   /** The frame being put together, header included, and as many bytes of slack as its successor's header has. */
-  #partial: Uint8Array = new Uint8Array(2 * HEADER_BYTES);
+  #partial = NOTHING;
   #have = 0;
   #failure: RepriseError | undefined;
 
@@ -869,7 +872,13 @@ export class FrameDecoder {
 
   /** Where to receive next. Only valid when `next()` has returned undefined, and until it is called again. */
   space(): Uint8Array {
+    this.#begin();
     return this.#partial.subarray(this.#have);
+  }
+
+  /** How much of the frame being put together is still to come, as far as that is known; a frame not begun has none. */
+  get due(): number {
+    return this.#partial.length - this.#have;
   }
 
   /** `count` bytes were received into `space()`. */
@@ -893,8 +902,8 @@ export class FrameDecoder {
       }
     }
     if (left === 0) {
-      // Lets go of the chunk: a decoder at rest pins nothing.
-      this.#chunk = this.#chunk.subarray(0, 0);
+      // Lets go of the chunk: a decoder at rest pins nothing. An empty view of it would.
+      this.#chunk = NOTHING;
       this.#at = 0;
       return undefined;
     }
@@ -902,6 +911,7 @@ export class FrameDecoder {
   }
 
   #nextSplit(): Frame | undefined {
+    this.#begin();
     this.#take(HEADER_BYTES);
     if (this.#have < LENGTH_BYTES) return undefined;
     const end = HEADER_BYTES + this.#lengthAt(this.#partial, 0);
@@ -912,6 +922,10 @@ export class FrameDecoder {
     const frame = this.#frameOf(this.#partial.subarray(0, end));
     this.#carry(end);
     return frame;
+  }
+
+  #begin(): void {
+    if (this.#partial.length === 0) this.#partial = new Uint8Array(2 * HEADER_BYTES);
   }
 
   /** Copies from the chunk until the partial frame has `target` bytes. */
@@ -932,10 +946,12 @@ export class FrameDecoder {
 
   /** Starts the next frame with the bytes of it that `space()` let in behind this one. */
   #carry(end: number): void {
-    const next = new Uint8Array(2 * HEADER_BYTES);
-    next.set(this.#partial.subarray(end, this.#have));
-    this.#partial = next;
-    this.#have -= end;
+    const rest = this.#partial.subarray(end, this.#have);
+    this.#partial = NOTHING;
+    this.#have = rest.length;
+    if (rest.length === 0) return;
+    this.#begin();
+    this.#partial.set(rest);
   }
 
   #allocate(bytes: number): Uint8Array {
@@ -958,7 +974,7 @@ export class FrameDecoder {
 
   #fail(error: RepriseError): RepriseError {
     this.#failure = error;
-    this.#chunk = this.#partial = new Uint8Array(0);
+    this.#chunk = this.#partial = NOTHING;
     this.#at = this.#have = 0;
     return error;
   }

@@ -1,4 +1,6 @@
 /** Golden bytes of each frame, and a decoder that meets every cut and every flipped bit. */
+
+import { heapStats } from "bun:jsc";
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { crc32 } from "node:zlib";
 import {
@@ -211,6 +213,23 @@ describe("golden bytes", () => {
 });
 
 describe("FrameDecoder", () => {
+  test("at rest it keeps none of the chunks that it was given", () => {
+    const chunkBytes = 256 * 1024;
+    Bun.gc(true);
+    const { extraMemorySize: before } = heapStats();
+    const decoders = Array.from({ length: 256 }, () => {
+      const decoder = new FrameDecoder({ maxLength: chunkBytes });
+      decoder.push(data(new Uint8Array(chunkBytes - HEADER_BYTES)));
+      expect(decoder.next()).toBeDefined();
+      expect(decoder.next()).toBeUndefined();
+      return decoder;
+    });
+    Bun.gc(true);
+    // A few may still be seen on the stack.
+    expect(heapStats().extraMemorySize - before).toBeLessThan(32 * chunkBytes);
+    expect(decoders.every((decoder) => decoder.atBoundary)).toBe(true);
+  });
+
   const content = randomBytes(300, 3);
   const stream = Buffer.concat([
     encodeWelcome("reprise"),
