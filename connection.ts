@@ -29,6 +29,8 @@ const TURN_MS = 10;
 const FIRST_CHUNK_BYTES = 64 * 1024;
 const SHORT_CHUNK_MS = 5;
 const LONG_CHUNK_MS = 100;
+/** A wait may end so much late, so that thousands that end one after the other are not looked through for each. */
+const ALARM_STEP_MS = 10;
 /** How long `finish` waits for the peer to have read everything. */
 const FINISH_MS = 5_000;
 /** The number of TLS 1.2 on the wire; 1.3 is spoken as well. */
@@ -54,6 +56,11 @@ export interface ConnectionOptions {
   directWaitMs?: number;
 }
 
+/** Who may leave a connection to itself: see `rest`. */
+export interface Sleeper {
+  run(): void;
+}
+
 export class Connection {
   readonly #socket: Socket<Connection>;
   /** Its address; "" when it has gone before that could be asked for. */
@@ -67,6 +74,8 @@ export class Connection {
   /** Who gives memory for large frames expects them. */
   readonly #direct: boolean;
   readonly #directWaitMs: number;
+  /** Who is called when there is something to read. */
+  #sleeper: Sleeper | undefined;
   readonly #readable = new Waiter();
   readonly #writable = new Waiter();
   #chunks: Uint8Array[] = [];
@@ -145,6 +154,36 @@ export class Connection {
       else if (!this.#receive()) await this.#untilReadable(startedAt);
       else if (this.#turnIsOver()) await nextTurn();
     }
+  }
+
+  /**
+   * Where all that came is used up: true, and `sleeper.run()` is called when there is more to do, be it that the time is
+   * over or that `fail` was called, which `next()` then throws. Thousands of clients idle: a function that waits for each
+   * would cost more than all that is kept of it.
+   */
+  rest(sleeper: Sleeper): boolean {
+    if (this.#chunks.length > 0 || this.#ended || this.#failure) return false;
+    if (!this.#decoder.atBoundary || this.beforeWait) return false;
+    this.#sendCollected();
+    this.#unpause();
+    this.#sleeper = sleeper;
+    this.#readable.rest(this, performance.now() + this.timeoutMs);
+    return true;
+  }
+
+  /** The end of a rest, unless the peer took bytes meanwhile. */
+  wakeUp(inTime: boolean): void {
+    const dueAt = this.#wroteAt + this.timeoutMs;
+    if (!inTime && dueAt > performance.now()) {
+      this.#readable.rest(this, dueAt);
+      return;
+    }
+    const sleeper = this.#sleeper;
+    this.#sleeper = undefined;
+    this.#turnAt = performance.now();
+    this.#waitedMs = 0;
+    if (!inTime) this.fail(this.#silence());
+    sleeper?.run();
   }
 
   /**
@@ -288,15 +327,16 @@ export class Connection {
 
   async #untilReadable(startedAt = performance.now()): Promise<void> {
     await this.beforeWait?.();
-    // Not awaited: the peer may have to be read before it reads. One that never does fails the connection.
-    if (this.#collectedBytes > 0) this.flush().catch((error) => this.fail(error));
+    this.#sendCollected();
     if (this.#chunks.length > 0 || this.#ended || this.#failure) return;
-    if (this.#paused) {
-      this.#paused = false;
-      this.#socket.resume();
-    }
+    this.#unpause();
     const owes = this.owes || !this.#decoder.atBoundary;
     await this.#wait(this.#readable, () => Math.max(startedAt, this.#wroteAt), owes);
+  }
+
+  /** Not awaited: the peer may have to be read before it reads. One that never does fails the connection. */
+  #sendCollected(): void {
+    if (this.#collectedBytes > 0) this.flush().catch((error) => this.fail(error));
   }
 
   async #untilWritable(): Promise<void> {
@@ -311,13 +351,17 @@ export class Connection {
     for (;;) {
       const startedAt = performance.now();
       const left = base() + this.timeoutMs - startedAt;
-      if (left <= 0) throw new RepriseError("timeout", `no byte for ${this.timeoutMs / 1000} s`);
-      const woken = await waiter.wait(owes ? Math.min(left, this.timeoutMs - this.#waitedMs) : left);
+      if (left <= 0) throw this.#silence();
+      const woken = await waiter.wait(startedAt + (owes ? Math.min(left, this.timeoutMs - this.#waitedMs) : left));
       this.#turnAt = performance.now();
       if (owes) this.#judge(this.#turnAt - startedAt);
       else this.#waitedMs = 0;
       if (woken) return;
     }
+  }
+
+  #silence(): RepriseError {
+    return new RepriseError("timeout", `no byte for ${this.timeoutMs / 1000} s`);
   }
 
   /** The peer was waited for: so long a time as would end a silent one may not be filled with a byte now and then. */
@@ -339,6 +383,12 @@ export class Connection {
     if (this.#paused) return;
     this.#paused = true;
     this.#socket.pause();
+  }
+
+  #unpause(): void {
+    if (!this.#paused) return;
+    this.#paused = false;
+    this.#socket.resume();
   }
 
   #write(bytes: Uint8Array): number {
@@ -651,32 +701,84 @@ export class ChunkSize {
 
 /** At most one party waits; whoever wakes it learns whether somebody did. */
 class Waiter {
-  #resolve: (() => void) | undefined;
+  /** One for whom a promise was made, or a connection at rest. */
+  #waiting: ((inTime: boolean) => void) | Connection | undefined;
+  /** When the wait is over, as performance.now() tells it. */
+  dueAt = 0;
 
   /** Returns whether it was woken rather than that the time was over. */
-  wait(ms: number): Promise<boolean> {
-    if (this.#resolve) throw new Error("Two parties wait for the same thing");
-    return new Promise((resolve) => {
-      const timer = setTimeout(() => {
-        this.#resolve = undefined;
-        resolve(false);
-      }, ms);
-      this.#resolve = () => {
-        clearTimeout(timer);
-        resolve(true);
-      };
-    });
+  wait(dueAt: number): Promise<boolean> {
+    const { promise, resolve } = Promise.withResolvers<boolean>();
+    this.#wait(resolve, dueAt);
+    return promise;
   }
+
+  /** The same without a promise: calls `connection.wakeUp()`. */
+  rest(connection: Connection, dueAt: number): void {
+    this.#wait(connection, dueAt);
+  }
+
+  #wait(waiting: ((inTime: boolean) => void) | Connection, dueAt: number): void {
+    if (this.#waiting) throw new Error("Two parties wait for the same thing");
+    this.#waiting = waiting;
+    this.dueAt = dueAt;
+    alarm.add(this);
+  }
+
   get isWaiting(): boolean {
-    return this.#resolve !== undefined;
+    return this.#waiting !== undefined;
   }
-  wake(): boolean {
-    const resolve = this.#resolve;
-    this.#resolve = undefined;
-    resolve?.();
-    return resolve !== undefined;
+
+  wake(inTime = true): boolean {
+    const waiting = this.#waiting;
+    if (!waiting) return false;
+    this.#waiting = undefined;
+    alarm.delete(this);
+    if (typeof waiting === "function") waiting(inTime);
+    else waiting.wakeUp(inTime);
+    return true;
   }
 }
+
+/**
+ * One timer for all that wait, set to the first of their ends. Thousands of clients idle, and a timer of its own costs
+ * each of them more than the wait; a transfer waits thousands of times, and hardly ever until the end.
+ */
+class Alarm {
+  readonly #waiting = new Set<Waiter>();
+  #timer: NodeJS.Timeout | undefined;
+  #at = Number.POSITIVE_INFINITY;
+
+  add(waiter: Waiter): void {
+    this.#waiting.add(waiter);
+    if (waiter.dueAt < this.#at) this.#set(waiter.dueAt);
+  }
+
+  delete(waiter: Waiter): void {
+    this.#waiting.delete(waiter);
+  }
+
+  /** It keeps no process alive: the sockets that are waited for do. */
+  #set(at: number): void {
+    clearTimeout(this.#timer);
+    this.#at = at;
+    this.#timer = setTimeout(() => this.#ring(), at - performance.now()).unref();
+  }
+
+  #ring(): void {
+    const now = performance.now();
+    let next = Number.POSITIVE_INFINITY;
+    // Who begins to wait meanwhile is still looked at, and sets no timer.
+    this.#at = 0;
+    for (const waiter of this.#waiting) {
+      if (waiter.dueAt <= now) waiter.wake(false);
+      else next = Math.min(next, waiter.dueAt);
+    }
+    this.#at = Number.POSITIVE_INFINITY;
+    if (next < this.#at) this.#set(Math.max(next, now + ALARM_STEP_MS));
+  }
+}
+const alarm = new Alarm();
 
 function lost(what: string, cause?: unknown): RepriseError {
   return new RepriseError("lost", what, cause);

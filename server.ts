@@ -172,12 +172,8 @@ async function letIn(worker: Worker, connection: Connection, turnedAway: Set<Con
   if (verdict !== "welcome") return turnAway(settings, connection, verdict, turnedAway);
   const session = new Session(worker, connection);
   sessions.add(session);
-  try {
-    await session.run();
-  } finally {
-    sessions.delete(session);
-    gate.leave(peer);
-  }
+  // It leaves by itself: nothing here stands by for as long as it lasts.
+  session.run().catch((error) => logBug(settings, error));
 }
 
 /** Says `busy`; beyond a number of those who are still being told, closes without a word. */

@@ -154,42 +154,58 @@ export class Session {
     this.#root = worker.root;
     this.#changes = worker.changes;
     this.#pace = worker.settings.limitRate ? new Pace(worker.settings.limitRate) : undefined;
-    connection.beforeWait = () => this.#apply();
     connection.timeoutMs = Math.min(HELLO_MS, worker.settings.idleMs);
     connection.owes = true;
   }
 
+  /** Serves to the end of the connection, or until the client idles: the next byte calls it again. */
   async run(): Promise<void> {
     try {
-      await this.#serve();
+      if (await this.#serve()) return;
       await this.#end();
     } catch (error) {
       this.#abandon();
-      await this.#refuse(error);
-    } finally {
-      if (this.#root !== this.#worker.root) this.#root.close();
-      if (this.#changes !== this.#worker.changes) this.#changes?.close();
+      await this.#refuse(this.#isBetweenRequests ? this.#asRead(error) : error);
     }
+    this.#leave();
+  }
+
+  #leave(): void {
+    const { root, changes, sessions, gate } = this.#worker;
+    if (this.#root !== root) this.#root.close();
+    if (this.#changes !== changes) this.#changes?.close();
+    sessions.delete(this);
+    gate.leave(this.#peer);
   }
 
   /** SIGTERM: a session between two requests ends, another when its answer is done. */
   drain(): void {
-    if (this.#state === "waiting" || this.#state === "greeting")
-      this.#connection.fail(new RepriseError("shutting_down"));
+    if (this.#isBetweenRequests) this.#connection.fail(new RepriseError("shutting_down"));
+  }
+
+  get #isBetweenRequests(): boolean {
+    return this.#state === "waiting" || this.#state === "greeting";
   }
 
   close(): void {
     this.#connection.close();
   }
 
-  async #serve(): Promise<void> {
-    const hello = await this.#next();
-    if (!hello) return;
-    await this.#greet(hello);
+  /** Returns whether the client idles rather than that it has ended. */
+  async #serve(): Promise<boolean> {
     for (;;) {
-      this.#state = "waiting";
-      const frame = this.#ready() ?? (await this.#next());
-      if (!frame) return this.#apply();
+      let frame = this.#ready();
+      if (!frame && this.#connection.rest(this)) return true;
+      frame ??= await this.#next();
+      if (!frame) {
+        await this.#apply();
+        return false;
+      }
+      if (this.#state === "greeting") {
+        await this.#greet(frame);
+        this.#state = "waiting";
+        continue;
+      }
       const request = decodeRequest(frame);
       if (this.#token && !this.#worker.tokens?.holds(this.#token)) throw await this.#denial();
       this.#state = "answering";
@@ -200,11 +216,12 @@ export class Session {
         await this.#apply();
         await this.#answer(request);
       }
-      if (request.action === "quit") return;
+      if (request.action === "quit") return false;
       if (this.#worker.draining) {
         await this.#apply();
         throw new RepriseError("shutting_down");
       }
+      this.#state = "waiting";
     }
   }
 
@@ -212,12 +229,17 @@ export class Session {
     try {
       return await this.#connection.next();
     } catch (error) {
-      if (!(error instanceof RepriseError)) throw error;
-      if (error.code === "timeout") throw new RepriseError("idle", `closed for lack of activity: ${error.message}`);
-      // Before HELLO a wrong checksum only tells that this is another protocol.
-      const isOther = (error.code === "checksum" && this.#state === "greeting") || error.code === "speaks_tls";
-      throw isOther ? new RepriseError("bad_frame") : error;
+      throw this.#asRead(error);
     }
+  }
+
+  /** What an error means that came of waiting for the client. */
+  #asRead(error: unknown): unknown {
+    if (!(error instanceof RepriseError)) return error;
+    if (error.code === "timeout") return new RepriseError("idle", `closed for lack of activity: ${error.message}`);
+    // Before HELLO a wrong checksum only tells that this is another protocol.
+    const isOther = (error.code === "checksum" && this.#state === "greeting") || error.code === "speaks_tls";
+    return isOther ? new RepriseError("bad_frame") : error;
   }
 
   /** A request that came with the one before it: the way of many small ones. */
@@ -359,6 +381,7 @@ export class Session {
       if (refusal) throw refusal;
       const change = request.action === "put" ? await this.#receive(request, this.#changes!) : request;
       this.#pending.push({ change, startedAt, bytes: this.#bytes });
+      this.#connection.beforeWait ??= () => this.#apply();
       if (change instanceof Upload) this.#worker.staged++;
     } catch (error) {
       await this.#apply();
@@ -446,6 +469,7 @@ export class Session {
     if (this.#pending.length === 0 || !changes) return;
     const group = this.#pending;
     this.#pending = [];
+    this.#connection.beforeWait = undefined;
     const timer = setInterval(() => this.#sayWait(), WAIT_MS);
     try {
       // Each has its answer, whatever happens: one too few, and all behind it would be taken for another's.
