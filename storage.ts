@@ -338,19 +338,24 @@ let openat2IsMissing = false;
 
 /** The same, one descriptor for each segment: a link swapped in at any moment is met as a link, and refused. */
 function walkBeneath(root: number, segments: string[]): number {
-  let fd = openSync(beneath(root), O_PATH | constants.O_DIRECTORY);
+  let fd = openPlace(beneath(root), constants.O_DIRECTORY);
   for (const [index, name] of segments.entries()) {
-    const folder = index < segments.length - 1 ? constants.O_DIRECTORY : 0;
+    if (fd < 0) break;
     const parent = fd;
-    try {
-      fd = openSync(`${beneath(parent)}/${name}`, O_PATH | constants.O_NOFOLLOW | folder);
-    } catch (error) {
-      return -errorNumber(error);
-    } finally {
-      closeSync(parent);
-    }
+    const folder = index < segments.length - 1 ? constants.O_DIRECTORY : 0;
+    fd = openPlace(`${beneath(parent)}/${name}`, constants.O_NOFOLLOW | folder);
+    closeSync(parent);
   }
   return fd;
+}
+
+/** A descriptor, or -errno. */
+function openPlace(path: string, flags: number): number {
+  try {
+    return openSync(path, O_PATH | flags);
+  } catch (error) {
+    return -errorNumber(error);
+  }
 }
 
 export function beneath(fd: number): string {
