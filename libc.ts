@@ -35,6 +35,8 @@ export interface Libc {
 export interface FolderCalls {
   /** getdents64(2): bytes of records put into `into`, laid out as `Dirent` says, 0 at the end, or -errno. */
   readFolder(folder: number, into: Uint8Array): number;
+  /** lseek(2): reads on where a record said that the next one is; 0 or -errno. */
+  seekFolder(folder: number, position: bigint): number;
   /** statx(2) of the name that starts at `at` in `names` and ends with a NUL, following no link; or -errno. */
   statAt(folder: number, names: Uint8Array, at: number): Stat | number;
 }
@@ -58,8 +60,8 @@ export interface Stat {
   mtime: number;
 }
 
-/** Places in a record of getdents64: its length u16, the kind of the entry u8, its name up to a NUL. */
-export const Dirent = { lengthAt: 16, kindAt: 18, nameAt: 19 } as const;
+/** Places in a record of getdents64: the position of the next i64, its length u16, the kind of the entry u8, its name up to a NUL. */
+export const Dirent = { nextAt: 8, lengthAt: 16, kindAt: 18, nameAt: 19 } as const;
 /** Kinds in such a record: not every file system tells. */
 export const DirentKind = { unknown: 0, folder: 4, file: 8 } as const;
 
@@ -92,6 +94,7 @@ const SYNC_FILE_RANGE_WRITE = 2;
 /** O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC */
 const O_NEW = 0o2 | 0o100 | 0o200 | constants.O_NOFOLLOW | 0o2000000;
 const RENAME_NOREPLACE = 1;
+const SEEK_SET = 0;
 const LOCK_EX_NB = 2 | 4;
 const LOCK_UN = 8;
 const AF_UNIX = 1;
@@ -202,7 +205,7 @@ function bind(name: string): Libc {
 
 function bindFolderCalls(name: string): FolderCalls {
   const { dlopen, FFIType, ptr: pointerTo, read } = require("bun:ffi") as typeof import("bun:ffi");
-  const { i32, u64, ptr } = FFIType;
+  const { i32, i64, u64, ptr } = FFIType;
   const types = { args: [i32, ptr, u64], returns: i32 } as const;
   // The same call: musl keeps the longer name for old programs only, where dlsym does not find it.
   const getdents = name.startsWith("libc.musl")
@@ -210,6 +213,7 @@ function bindFolderCalls(name: string): FolderCalls {
     : dlopen(name, { getdents64: types }).symbols.getdents64;
   const { symbols: c } = dlopen(name, {
     statx: { args: [i32, ptr, i32, i32, ptr], returns: i32 },
+    lseek: { args: [i32, i64, i32], returns: i64 },
     __errno_location: { args: [], returns: ptr },
   });
   const errnoAt = c.__errno_location() as Pointer;
@@ -220,6 +224,7 @@ function bindFolderCalls(name: string): FolderCalls {
       const count = getdents(folder, into, into.length);
       return count < 0 ? -read.i32(errnoAt) : count;
     },
+    seekFolder: (folder, position) => (c.lseek(folder, position, SEEK_SET) < 0 ? -read.i32(errnoAt) : 0),
     statAt(folder, names, at) {
       const name = (pointerTo(names) + at) as Pointer;
       return c.statx(folder, name, AT_THE_NAME_ITSELF, STATX_WANTED, stat) < 0 ? -read.i32(errnoAt) : readStat(view);

@@ -38,6 +38,8 @@ const MAX_KEPT_SUMS = 1024 * 1024;
 const MAX_KEPT_FILES = 4096;
 /** Of a folder's records at a time, about a thousand: glibc's own readdir takes as many. */
 const FOLDER_BUFFER_BYTES = 32 * 1024;
+/** Of the folders in a folder, so many are known before the first of them is listed. */
+const MAX_FOLDERS_AHEAD = 1000;
 /** A listing lets others run after this long; each entry costs a look at its inode. */
 const TURN_MS = 4;
 /** What stands in a string for bytes that are not UTF-8. */
@@ -56,7 +58,7 @@ export interface Root {
   readNow(path: string): { meta: Meta; content: Uint8Array } | undefined;
   /**
    * The entries of a folder as they come, with those of the folders below it if `recursive`, as many at a time as can
-   * be had without holding up others. Throws `not_a_folder`.
+   * be had without holding up others, however deep, with one descriptor. Throws `not_a_folder`.
    */
   list(path: string, recursive: boolean): AsyncIterable<Entry[]>;
   /** One of its folders as a root of its own; the caller closes it. Throws `not_a_folder`. */
@@ -152,39 +154,40 @@ class FolderRoot implements Root {
 
   async *list(path: string, recursive: boolean): AsyncGenerator<Entry[]> {
     const turn = new Turn();
-    yield* this.#list(path, "", recursive, turn);
+    const levels = [new Level("", recursive)];
+    for (let level = levels.at(-1); level; level = levels.at(-1)) {
+      // Here too, for the sake of folders without an entry.
+      if (turn.isOver) await turn.next();
+      const folder = level.nextFolder();
+      if (folder !== undefined) levels.push(new Level(folder, true));
+      else if (level.position === undefined) levels.pop();
+      else yield* this.#readLevel(path, level, turn);
+    }
     // A list without what is in them must not pass for whole: `sync --delete` would remove it elsewhere.
     if (turn.refused) throw turn.refused;
   }
 
-  /** The folder `below`, relative to `path`, which is the one that was asked for. */
-  async *#list(path: string, below: string, recursive: boolean, turn: Turn): AsyncGenerator<Entry[]> {
-    // Here too, for the sake of folders without an entry.
-    if (turn.isOver) await turn.next();
-    const whole = join(path, below);
-    const folder = this.#openFolder(whole);
+  /**
+   * A folder below the one that was asked for and that went away meanwhile, or may not be read, is left out: the others
+   * are still true. Not so where the server failed, for want of descriptors or by its disk: what was there would be
+   * missing from a list that has its end.
+   */
+  async *#readLevel(path: string, level: Level, turn: Turn): AsyncGenerator<Entry[]> {
     try {
-      const prefix = below === "" ? "" : `${below}/`;
-      for await (const entries of inTurns(await entriesIn(folder, whole, prefix), turn)) {
-        yield entries;
-        if (!recursive) continue;
-        for (const entry of entries) if (entry.kind === "folder") yield* this.#listBelow(path, entry.path, turn);
-      }
-    } finally {
-      closeSync(folder);
+      yield* this.#readOn(join(path, level.below), level, turn);
+    } catch (error) {
+      if (level.below === "" || !(error instanceof RepriseError) || error.code === "failed") throw error;
+      if (error.code === "refused") turn.refused ??= error;
+      level.position = undefined;
     }
   }
 
-  /**
-   * A folder that went away meanwhile, or may not be read, is left out: the others are still true. Not so where the
-   * server failed, for want of descriptors or by its disk: what was there would be missing from a list that has its end.
-   */
-  async *#listBelow(path: string, below: string, turn: Turn): AsyncGenerator<Entry[]> {
+  async *#readOn(path: string, level: Level, turn: Turn): AsyncGenerator<Entry[]> {
+    const folder = this.#openFolder(path);
     try {
-      yield* this.#list(path, below, true, turn);
-    } catch (error) {
-      if (!(error instanceof RepriseError) || error.code === "failed") throw error;
-      if (error.code === "refused") turn.refused ??= error;
+      yield* inTurns(await entriesIn(folder, path, level), turn);
+    } finally {
+      closeSync(folder);
     }
   }
 
@@ -392,6 +395,49 @@ class Turn {
   }
 }
 
+/**
+ * A folder on the way of a list. It is closed before those in it are opened: a tree may be 2,000 levels deep, and one
+ * peer must not hold as many descriptors. So it is read until it has shown some folders, and then on from there.
+ */
+class Level {
+  /** Relative to the folder that was asked for. */
+  readonly below: string;
+  /** Where to read on, as the file system counts; undefined at the end. */
+  position: bigint | undefined = 0n;
+  readonly #recursive: boolean;
+  /** Names alone, since there may be many. */
+  #folders: string[] = [];
+  #taken = 0;
+
+  constructor(below: string, recursive: boolean) {
+    this.below = below;
+    this.#recursive = recursive;
+  }
+
+  get prefix(): string {
+    return this.below === "" ? "" : `${this.below}/`;
+  }
+
+  get isFull(): boolean {
+    return this.#folders.length >= MAX_FOLDERS_AHEAD;
+  }
+
+  /** Notes a folder to be listed itself, and gives the entry back. */
+  note(name: string, entry: Entry | undefined): Entry | undefined {
+    if (this.#recursive && entry?.kind === "folder") this.#folders.push(name);
+    return entry;
+  }
+
+  /** The next of the folders that were found, relative to the folder that was asked for. */
+  nextFolder(): string | undefined {
+    const name = this.#folders[this.#taken++];
+    if (name !== undefined) return join(this.below, name);
+    this.#folders = [];
+    this.#taken = 0;
+    return undefined;
+  }
+}
+
 /** Arrays, because an async generator costs more for each step than all else for an entry. */
 async function* inTurns(found: Iterable<Entry | undefined>, turn: Turn): AsyncGenerator<Entry[]> {
   let entries: Entry[] = [];
@@ -406,27 +452,32 @@ async function* inTurns(found: Iterable<Entry | undefined>, turn: Turn): AsyncGe
 }
 
 /** Undefined for each name that is not shown: hidden, not to be asked for, a link, a device, or gone meanwhile. */
-async function entriesIn(folder: number, path: string, prefix: string): Promise<Iterable<Entry | undefined>> {
+async function entriesIn(folder: number, path: string, level: Level): Promise<Iterable<Entry | undefined>> {
   const calls = folderCalls();
-  if (calls) return readEntries(calls, folder, path, prefix);
+  if (calls) return readEntries(calls, folder, path, level);
   try {
-    return lookUpEntries(folder, await readdir(beneath(folder)), prefix);
+    return lookUpEntries(folder, await readdir(beneath(folder)), level);
   } catch (error) {
     throw errorFor(errorNumber(error), path);
   }
 }
 
 /** By getdents64 and statx: a buffer full at a time, however large the folder is. */
-function* readEntries(calls: FolderCalls, folder: number, path: string, prefix: string): Generator<Entry | undefined> {
+function* readEntries(calls: FolderCalls, folder: number, path: string, level: Level): Generator<Entry | undefined> {
+  const { prefix, position = 0n } = level;
+  if (position !== 0n) seek(calls, folder, position, path);
   const buffer = folderBuffers.take(FOLDER_BUFFER_BYTES)!;
   const records = Buffer.from(buffer.buffer);
   try {
-    for (;;) {
+    while (!level.isFull) {
       const end = calls.readFolder(folder, records);
-      if (end === 0) return;
       if (end < 0 && end !== -Errno.EINTR) throw errorFor(-end, path);
-      for (let at = 0; at < end; at += records.readUInt16LE(at + Dirent.lengthAt)) {
-        yield readEntry(calls, folder, records, at, prefix);
+      if (end === 0) level.position = undefined;
+      if (end === 0) return;
+      for (let at = 0, next = 0; at < end; at = next) {
+        next = at + records.readUInt16LE(at + Dirent.lengthAt);
+        if (next >= end) level.position = records.readBigInt64LE(at + Dirent.nextAt);
+        yield readEntry(calls, folder, records, at, level, prefix);
       }
     }
   } finally {
@@ -434,9 +485,21 @@ function* readEntries(calls: FolderCalls, folder: number, path: string, prefix: 
   }
 }
 
+function seek(calls: FolderCalls, folder: number, position: bigint, path: string): void {
+  const errno = calls.seekFolder(folder, position);
+  if (errno < 0) throw errorFor(-errno, path);
+}
+
 const folderBuffers = new BufferPool(FOLDER_BUFFER_BYTES);
 
-function readEntry(calls: FolderCalls, folder: number, records: Buffer, at: number, prefix: string): Entry | undefined {
+function readEntry(
+  calls: FolderCalls,
+  folder: number,
+  records: Buffer,
+  at: number,
+  level: Level,
+  prefix: string,
+): Entry | undefined {
   const type = records[at + Dirent.kindAt];
   if (type !== DirentKind.file && type !== DirentKind.folder && type !== DirentKind.unknown) return undefined;
   const start = at + Dirent.nameAt;
@@ -446,8 +509,9 @@ function readEntry(calls: FolderCalls, folder: number, records: Buffer, at: numb
   if (name.includes(REPLACEMENT) && !isUtf8(records.subarray(start, end))) return undefined;
   const stat = calls.statAt(folder, records, start);
   // Such calls are known to be forbidden to containers.
-  if (stat === -Errno.ENOSYS || stat === -Errno.EPERM) return entryAt(folder, name, prefix);
-  return typeof stat === "number" ? unlessGone(-stat, prefix + name) : entryOf(stat, prefix + name);
+  if (stat === -Errno.ENOSYS || stat === -Errno.EPERM) return level.note(name, entryAt(folder, name, prefix));
+  if (typeof stat === "number") return unlessGone(-stat, prefix + name);
+  return level.note(name, entryOf(stat, prefix + name));
 }
 
 function entryOf({ kind, size, mtime }: Stat, path: string): Entry | undefined {
@@ -459,13 +523,15 @@ function entryOf({ kind, size, mtime }: Stat, path: string): Entry | undefined {
  * The stand-in, by node:fs, which gives a folder's names all at once. Names that are not UTF-8 come with U+FFFD in them
  * and are not found by that; but should there be a name with a true one, it may come more than once.
  */
-function* lookUpEntries(folder: number, names: string[], prefix: string): Generator<Entry | undefined> {
+function* lookUpEntries(folder: number, names: string[], level: Level): Generator<Entry | undefined> {
+  const { prefix } = level;
   const seen = new Set<string>();
   for (const name of names) {
     if (seen.has(name) || !isShown(name, prefix)) yield undefined;
-    else yield entryAt(folder, name, prefix);
+    else yield level.note(name, entryAt(folder, name, prefix));
     if (name.includes(REPLACEMENT)) seen.add(name);
   }
+  level.position = undefined;
 }
 
 function entryAt(folder: number, name: string, prefix: string): Entry | undefined {

@@ -295,13 +295,45 @@ describe.each(["1", "0"] as const)("list() of odd things (REPRISE_FFI=%s)", (ffi
     const path = join(odd.path, "deep");
     mkdirSync(join(path, ...Array(60).fill("d")), { recursive: true });
     const script = `
-      import { readdirSync } from "node:fs";
+      import { closeSync, openSync, readdirSync } from "node:fs";
       const open = () => readdirSync("/proc/self/fd").length;
       await entriesOf("d/".repeat(59) + "d");
       const before = open();
-      console.log(await entriesOf("").then((entries) => entries.length, (error) => error.code), open() - before);`;
-    expect(listingProcess(script, path, ffi, "ulimit -n 40")).toBe("failed 0\n");
-    expect(listingProcess(script, path, ffi)).toBe("60 0\n");
+      const taken = [];
+      // From now on there are not even those that a listing needs.
+      if (process.env.USE_UP) try { for (;;) taken.push(openSync("/dev/null")); } catch {}
+      console.log(await entriesOf("").then((entries) => entries.length, (error) => error.code));
+      for (const fd of taken) closeSync(fd);
+      console.log(open() - before);`;
+    expect(listingProcess(script, path, ffi, "export USE_UP=1; ulimit -n 60")).toBe("failed\n0\n");
+    expect(listingProcess(script, path, ffi)).toBe("60\n0\n");
+  });
+
+  test("a tree 600 folders deep costs a listing no more descriptors than one folder", () => {
+    const path = join(odd.path, "deepest");
+    mkdirSync(join(path, ...Array(600).fill("d")), { recursive: true });
+    const script = `
+      import { readdirSync } from "node:fs";
+      const before = readdirSync("/proc/self/fd").length;
+      let most = 0, count = 0;
+      for await (const entries of root.list("", true)) {
+        count += entries.length;
+        most = Math.max(most, readdirSync("/proc/self/fd").length);
+      }
+      console.log(count, most - before < 8 ? "few" : most - before);`;
+    expect(listingProcess(script, path, ffi)).toBe("600 few\n");
+  });
+
+  test("more folders than are known ahead, beside files and with folders in them, are each there once", () => {
+    const path = join(odd.path, "ahead");
+    for (let number = 0; number < 3_500; number++) {
+      mkdirSync(join(path, `folder-${number}`, "below"), { recursive: true });
+      writeFileSync(join(path, `file-${number}`), "");
+    }
+    const script = `
+      const paths = (await entriesOf("")).map(({ path }) => path);
+      console.log(paths.length, new Set(paths).size);`;
+    expect(listingProcess(script, path, ffi)).toBe("10500 10500\n");
   });
 });
 
