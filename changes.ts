@@ -288,6 +288,8 @@ export class Changes {
   }
 
   #makeParents(path: string, folders: Folders): void {
+    // A name that will be refused leaves no folders behind.
+    checkName(path);
     const parent = path.slice(0, Math.max(0, path.lastIndexOf("/")));
     if (parent !== "" && !folders.has(parent)) this.#makeFolder(parent, true, folders);
   }
@@ -327,7 +329,7 @@ export class Changes {
   }
 
   #makeFolder(path: string, parents: boolean, folders: Folders): undefined {
-    const segments = splitPath(path);
+    const segments = checkName(path);
     const first = parents ? 1 : segments.length;
     if (segments.length === 0 && !parents) throw exists(path);
     for (let depth = first; depth <= segments.length; depth++) {
@@ -544,10 +546,9 @@ class Folders {
 
   /** The folder that a name is in, and the name as a path beneath its descriptor. Throws `not_found`, `bad_name`, `refused`. */
   parentOf(path: string): Place {
-    const segments = splitPath(path);
+    const segments = checkName(path);
     const name = segments.pop();
     if (name === undefined) throw refused("the served folder itself cannot be changed");
-    if ([name, ...segments].some(isHidden)) throw refused(`${quote(path)} is a name that the server keeps to itself`);
     const folder = this.#folder(segments.join("/"), path);
     return { folder, name, path: `${beneath(folder)}/${name}` };
   }
@@ -591,6 +592,13 @@ class Folders {
       closeSync(at);
     }
   }
+}
+
+/** The segments of a name that clients may give. Throws `bad_name`, `refused`. */
+function checkName(path: string): string[] {
+  const segments = splitPath(path);
+  if (segments.some(isHidden)) throw refused(`${quote(path)} is a name that the server keeps to itself`);
+  return segments;
 }
 
 function locateParent(root: number, path: string, wanted: string): number {
