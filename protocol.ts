@@ -319,9 +319,13 @@ export function splitPath(path: string): string[] {
   const bad = /[\0\r\n]/.test(path) || segments.some((name) => name === "" || name === "." || name === "..");
   if (bad) throw new RepriseError("bad_name", `not found: ${quote(path)} is not a name below the served folder`);
   if (utf8Length(path) > MAX_PATH_BYTES || segments.some((name) => utf8Length(name) > MAX_SEGMENT_BYTES)) {
-    throw new RepriseError("bad_name", `not found: a name is at most 255 bytes and a path 4096: ${quote(path, 60)}`);
+    throw tooLong(path);
   }
   return segments;
+}
+
+function tooLong(path: string): RepriseError {
+  return new RepriseError("bad_name", `not found: a name is at most 255 bytes and a path 4096: ${quote(path, 60)}`);
 }
 
 /** A name for a terminal or a message: quoted, control and bidirectional characters escaped, cut at `limit`. */
@@ -415,6 +419,11 @@ class Writer {
     if (bytes.length > limit) throw new RangeError(`A string of ${bytes.length} bytes, at most ${limit} fit here`);
     return this.u16(bytes.length).raw(bytes);
   }
+  /** What a user may have typed. Throws `bad_name` where it is too long to be asked for. */
+  path(text: string): this {
+    if (utf8Length(text) > MAX_PATH_BYTES) throw tooLong(text);
+    return this.str(text);
+  }
   raw(bytes: Uint8Array): this {
     const at = this.#take(bytes.length);
     this.#bytes.set(bytes, at);
@@ -453,12 +462,12 @@ export function encodeRequest(request: Request): Uint8Array {
   switch (request.action) {
     case "get": {
       const { offset, length, etag, path } = request;
-      return new Writer(FrameType.GET).u64(offset).u64(length).str(etag, MAX_ETAG_BYTES).str(path).done();
+      return new Writer(FrameType.GET).u64(offset).u64(length).str(etag, MAX_ETAG_BYTES).path(path).done();
     }
     case "list":
-      return new Writer(FrameType.LIST).flag(request.recursive).str(request.path).done();
+      return new Writer(FrameType.LIST).flag(request.recursive).path(request.path).done();
     case "stat":
-      return new Writer(FrameType.STAT).str(request.path).done();
+      return new Writer(FrameType.STAT).path(request.path).done();
     case "status":
       return new Writer(FrameType.STATUS).done();
     case "quit":
@@ -466,13 +475,13 @@ export function encodeRequest(request: Request): Uint8Array {
     case "put":
       return encodePut(request);
     case "remove":
-      return new Writer(FrameType.REMOVE).flag(request.recursive).str(request.path).done();
+      return new Writer(FrameType.REMOVE).flag(request.recursive).path(request.path).done();
     case "move":
-      return new Writer(FrameType.MOVE).flag(request.overwrite).str(request.path).str(request.to).done();
+      return new Writer(FrameType.MOVE).flag(request.overwrite).path(request.path).path(request.to).done();
     case "mkdir":
-      return new Writer(FrameType.MKDIR).flag(request.parents).str(request.path).done();
+      return new Writer(FrameType.MKDIR).flag(request.parents).path(request.path).done();
     case "sums":
-      return new Writer(FrameType.SUMS).str(request.id).str(request.path).done();
+      return new Writer(FrameType.SUMS).str(request.id).path(request.path).done();
   }
 }
 
@@ -485,7 +494,7 @@ function encodePut(put: Put): Uint8Array {
 function putFields({ offset, size, mtime, noClobber, parents, id, etag, path, content }: Put): Writer {
   const flags = (noClobber ? PUT_NO_CLOBBER : 0) | (content ? PUT_WITH_CONTENT : 0) | (parents ? PUT_PARENTS : 0);
   const frame = new Writer(FrameType.PUT).u64(offset).u64(size).i64(mtime).u8(flags);
-  return frame.str(id).str(etag, MAX_ETAG_BYTES).str(path);
+  return frame.str(id).str(etag, MAX_ETAG_BYTES).path(path);
 }
 
 const PUT_NO_CLOBBER = 1;
