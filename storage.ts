@@ -323,7 +323,7 @@ export function locate(root: number, path: string): number {
   return fd;
 }
 
-/** openat2: the kernel resolves beneath the root. Undefined where there is no such call. */
+/** openat2: the kernel resolves beneath the root. Undefined where there is no such call, or not for such a path. */
 function locateBeneath(root: number, path: string): number | undefined {
   const calls = libc();
   if (!calls || openat2IsMissing) return undefined;
@@ -333,6 +333,8 @@ function locateBeneath(root: number, path: string): number | undefined {
       openat2IsMissing = true;
       return undefined;
     }
+    // Of the 4,096 bytes that a path may have, the kernel's own limit takes one: the walk knows no such limit.
+    if (fd === -Errno.ENAMETOOLONG) return undefined;
     // EAGAIN: something was renamed meanwhile and the kernel could not be sure.
     if (fd !== -Errno.EAGAIN && fd !== -Errno.EINTR) return fd;
   }
