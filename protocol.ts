@@ -335,7 +335,12 @@ export function quote(text: string, limit = 300): string {
 
 /** JSON in one line that a terminal may be shown: control and bidirectional characters are escaped. */
 export function toJson(value: unknown): string {
-  return JSON.stringify(value).replace(/[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, escapeUnit);
+  return tame(JSON.stringify(value));
+}
+
+/** A text that somebody else wrote, in one line that a terminal may be shown. */
+function tame(text: string): string {
+  return text.replace(/[\p{Cc}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/gu, escapeUnit);
 }
 
 function escapeUnit(unit: string): string {
@@ -771,7 +776,7 @@ function readAnswer(type: number, reader: Reader): Answer {
     case FrameType.WELCOME:
       return { type: "welcome", version: reader.u16(), software: reader.str(MAX_TEXT_BYTES) };
     case FrameType.REDIRECT:
-      return { type: "redirect", port: reader.u16(), host: reader.str(MAX_TEXT_BYTES) };
+      return { type: "redirect", ...readAddress(reader) };
     case FrameType.ENTRIES:
       return { type: "entries", entries: readEntries(reader) };
     case FrameType.INFO:
@@ -781,9 +786,16 @@ function readAnswer(type: number, reader: Reader): Answer {
   }
 }
 
+/** Where to connect is looked at before anybody does, or is told of it. */
+function readAddress(reader: Reader): { port: number; host: string } {
+  const [port, host] = [reader.u16(), reader.str(MAX_TEXT_BYTES)];
+  if (port === 0 || !/^[\w.:%-]+$/.test(host)) throw badFrame("a REDIRECT to what is no address");
+  return { port, host };
+}
+
 function readError(reader: Reader): RepriseError {
   const number = reader.u16();
-  const text = reader.str(MAX_TEXT_BYTES);
+  const text = tame(reader.str(MAX_TEXT_BYTES));
   const code = number < 100 ? CODE_BY_NUMBER.get(number) : undefined;
   // A code from a later version: what it says still counts.
   return code ? new RepriseError(code, text) : new RepriseError("failed", `${text} (unknown error ${number})`);

@@ -38,7 +38,7 @@ function longLine(entry: Entry): string {
 export function formatFields(fields: Record<string, unknown>): string {
   const width = Math.max(...Object.keys(fields).map((name) => name.length));
   return Object.entries(fields)
-    .map(([name, value]) => `${name.padEnd(width)}  ${printable(formatValue(value))}`)
+    .map(([name, value]) => `${printable(name).padEnd(width)}  ${printable(formatValue(value))}`)
     .join("\n");
 }
 
