@@ -650,8 +650,10 @@ export class Peer {
     const isLast = answer.type === "error" && ERRORS[answer.error.code].closes;
     if (!isLast) this.answered = true;
     if (answer.type === "error") throw answer.error;
-    if (answer.type === "redirect") throw new Redirected(answer);
-    return answer;
+    if (answer.type !== "redirect") return answer;
+    // [handshake] Whoever has said WELCOME has no say in where the rest of a file comes from.
+    if (this.#greeted) throw unexpected("a redirect behind its welcome");
+    throw new Redirected(answer);
   }
 }
 
