@@ -402,8 +402,8 @@ export class Session {
 
   /** An upload up to its END. Throws in the middle of it what makes the rest useless. */
   async #receive(request: Put, changes: Changes): Promise<Upload> {
-    const timer = this.#ended ? undefined : setInterval(() => this.#sayWait(), WAIT_MS);
     const upload = changes.receive(request, request.size <= MAX_CONTENT_BYTES);
+    const timer = this.#ended ? undefined : setInterval(() => this.#sayWait(), WAIT_MS);
     try {
       if (request.content) {
         this.#bytes = request.content.length;
