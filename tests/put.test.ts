@@ -46,6 +46,7 @@ import {
 import { Remote } from "../remote.ts";
 import { LOG_SUFFIX, type ResumeLog, type Target } from "../resume.ts";
 import type { Source } from "../source.ts";
+import { startProxy } from "./faults/proxy.ts";
 import {
   type ClientOptions,
   connectRaw,
@@ -60,7 +61,6 @@ import {
   type ServerOptions,
   spawnClient,
   spawnFedClient,
-  startProxy,
   startServer,
   TEST_MS,
   temporaryFolder,

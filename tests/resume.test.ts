@@ -15,13 +15,13 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { PartFile, type ResumeLog } from "../resume.ts";
+import { startProxy } from "./faults/proxy.ts";
 import {
   makeRoot,
   randomBytes,
   runClient,
   type Server,
   spawnClient,
-  startProxy,
   startServer,
   TEST_MS,
   temporaryFolder,

@@ -26,6 +26,7 @@ import {
   RepriseError,
   type Request,
 } from "../protocol.ts";
+import { startProxy } from "./faults/proxy.ts";
 import {
   type Answering,
   contentFrames,
@@ -40,7 +41,6 @@ import {
   type Server,
   spawnClient,
   startFakeServer,
-  startProxy,
   startServer,
   TEST_MS,
   temporaryFolder,
