@@ -288,6 +288,11 @@ export class Connection {
     this.#writable.wake();
   }
 
+  /** Whether the peer is waited for, and has sent nothing for `ms`. */
+  isQuiet(ms: number): boolean {
+    return this.#readable.isWaiting && performance.now() - this.#readAt >= ms;
+  }
+
   /** Ends in order: everything sent arrives, then both sides close. Never throws. */
   async finish(): Promise<void> {
     try {

@@ -80,7 +80,8 @@
  * [status]     STATUS -> INFO.
  * [quit]       QUIT -> END, then the server closes.
  *
- * [wait]       WAIT may come before any answer, any number of times: it only says that the answer takes its time.
+ * [wait]       WAIT may come before any answer, any number of times: it only says that the answer takes its time. It
+ *              does not come while the server itself waits for content.
  *
  * [errors]     The table is `ERRORS` below. An ERROR ends its answer and the connection goes on, except for the codes
  *              marked `closes`. A server may send `busy`, `shutting_down` or `idle` unasked, and then closes.

@@ -403,7 +403,7 @@ export class Session {
   /** An upload up to its END. Throws in the middle of it what makes the rest useless. */
   async #receive(request: Put, changes: Changes): Promise<Upload> {
     const upload = changes.receive(request, request.size <= MAX_CONTENT_BYTES);
-    const timer = this.#ended ? undefined : setInterval(() => this.#sayWait(), WAIT_MS);
+    const timer = this.#ended ? undefined : setInterval(() => this.#sayWaitUnlessOwed(), WAIT_MS);
     try {
       if (request.content) {
         this.#bytes = request.content.length;
@@ -486,6 +486,11 @@ export class Session {
       clearInterval(timer);
       this.#letGo(group);
     }
+  }
+
+  /** Not while the peer owes content: else a stalled upload looks alive to both sides, and no limit ends it. */
+  #sayWaitUnlessOwed(): void {
+    if (!this.#connection.isQuiet(WAIT_MS)) this.#sayWait();
   }
 
   #sayWait(): void {

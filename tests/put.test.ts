@@ -1263,6 +1263,16 @@ describe("the wire", () => {
     expectOnly(it, "f");
   });
 
+  test("a peer that owes content is not kept by what the server says meanwhile: --idle-timeout ends it", async () => {
+    // Longer than the server waits before it says WAIT.
+    await using it = await setUp({ args: ["--idle-timeout", "1.5"] });
+    using connection = await speak(it.server.port);
+    connection.ask(putFrame("f"), data("four"));
+    await waitFor("the server has closed", () => connection.closed());
+    expect(it.puts().map((line) => line.status)).toEqual(["idle"]);
+    expect(visible(it)).toEqual([]);
+  });
+
   test("changes and questions in one packet: in order, and each sees the ones before it", async () => {
     await using it = await setUp();
     const list = request({ action: "list", path: "", recursive: true });
