@@ -77,6 +77,18 @@ export function randomBytes(length: number, seed = 1): Uint8Array {
   return new Uint8Array(words.buffer, 0, length);
 }
 
+/** Whole numbers below a limit, the same ones for the same seed. */
+export function seeded(seed: number): (limit: number) => number {
+  let state = seed;
+  return (limit) => {
+    // mulberry32: seeds that are neighbours have nothing in common.
+    state = (state + 0x6d2b79f5) | 0;
+    let word = Math.imul(state ^ (state >>> 15), 1 | state);
+    word = (word + Math.imul(word ^ (word >>> 7), 61 | word)) ^ word;
+    return Math.floor((((word ^ (word >>> 14)) >>> 0) / 2 ** 32) * limit);
+  };
+}
+
 /** A file of any size without its size in memory; returns its sha256. */
 export function writeLargeFile(path: string, length: number, seed = 1): string {
   const block = randomBytes(1024 * 1024, seed);
@@ -134,16 +146,19 @@ export interface ServerOptions {
   runBy?: string[];
   /** Another bun and another copy of the script. */
   program?: [string, string];
+  /** Out of reach of the terminal's signals. */
+  detached?: boolean;
 }
 
 /** Starts the real server on `root` and returns when it listens. */
 export async function startServer(root: string, options: ServerOptions = {}): Promise<Server> {
-  const { args = [], env = {}, port = 0, cwd = HOME, runBy = [] } = options;
+  const { args = [], env = {}, port = 0, cwd = HOME, runBy = [], detached = false } = options;
   const { program = [process.execPath, join(HOME, "server.ts")] } = options;
   const child = Bun.spawn({
     cmd: [...runBy, ...program, root, "--port", String(port), "--workers", "2", "--log", "json", ...args],
     cwd,
     env: { ...process.env, ...env },
+    detached,
     stdio: ["ignore", "pipe", "pipe"],
   });
   const log: LogLine[] = [];
@@ -259,6 +274,8 @@ export interface ClientOptions {
   env?: Record<string, string>;
   /** A command that runs the client, as `nice -n 5` would. */
   runBy?: string[];
+  /** Out of reach of the terminal's signals. */
+  detached?: boolean;
 }
 
 /** Starts the real client; `server` goes into REPRISE_SERVER. */
@@ -267,6 +284,7 @@ export function spawnClient(server: string, args: string[], options: ClientOptio
     cmd: [...(options.runBy ?? []), process.execPath, join(HOME, "client.ts"), ...args],
     cwd: options.cwd ?? HOME,
     env: { ...process.env, REPRISE_SERVER: server, ...options.env },
+    detached: options.detached ?? false,
     stdio: [options.stdin === undefined ? "ignore" : new Blob([options.stdin as string]), "pipe", "pipe"],
   });
 }

@@ -59,6 +59,7 @@ import {
   runClient,
   type Server,
   type ServerOptions,
+  seeded,
   spawnClient,
   spawnFedClient,
   startServer,
@@ -1516,15 +1517,6 @@ function memoryTarget(): Target & { content(): Buffer } {
     content: () => Buffer.concat(chunks),
   };
   return target;
-}
-
-/** Numbers below `limit`, the same for the same seed. */
-function seeded(seed: number): (limit: number) => number {
-  let state = seed;
-  return (limit) => {
-    state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0;
-    return Math.floor((state / 2 ** 32) * limit);
-  };
 }
 
 test("100 uploads with kill -9 of the client, a worker or the server at random points: whole versions, and all arrive", async () => {

@@ -15,7 +15,6 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { PartFile, type ResumeLog } from "../resume.ts";
-import { startProxy } from "./faults/proxy.ts";
 import {
   makeRoot,
   randomBytes,
@@ -381,106 +380,6 @@ describe("part and log", () => {
     expect(run.errors).toContain(`resuming client_root/deep/big from ${it.server.address} at`);
     expect(gets(it.server).at(-1)!.offset).toBe(log.bytes);
     expectWhole(nested);
-  });
-});
-
-describe("the wire", () => {
-  /** On the first connection, in the middle of some content. */
-  function flipOneBit(server: Server) {
-    return startProxy({
-      target: server.port,
-      toClient(bytes, offset, connection) {
-        const at = 10_000_000 - offset;
-        if (connection === 1 && at >= 0 && at < bytes.length) bytes[at]! ^= 0x10;
-        return bytes;
-      },
-    });
-  }
-
-  test("one flipped bit in a chunk is found, asked again, and the file is right", async () => {
-    await using it = await setUp([]);
-    using proxy = flipOneBit(it.server);
-    const run = await runClient(proxy.address, ["get", "big", "-d", it.folder]);
-    expect(run.status).toBe(0);
-    expect(run.errors).toContain("damaged on the way");
-    expect(gets(it.server).length).toBe(2);
-    expectWhole(it);
-  });
-
-  test("to stdout likewise, with not one wrong byte given out", async () => {
-    await using it = await setUp([]);
-    using proxy = flipOneBit(it.server);
-    const run = await runClient(proxy.address, ["cat", "big"]);
-    expect(run.status).toBe(0);
-    expect(new Bun.CryptoHasher("sha256").update(run.stdout).digest("hex")).toBe(it.digest);
-  });
-
-  test("damage that stays: status 6, and what was right is kept", async () => {
-    await using it = await setUp([]);
-    using proxy = startProxy({
-      target: it.server.port,
-      toClient(bytes, offset) {
-        const at = 20_000 - offset;
-        if (at >= 0 && at < bytes.length) bytes[at]! ^= 1;
-        return bytes;
-      },
-    });
-    const run = await runClient(proxy.address, ["get", "big", "-d", it.folder, "--retries", "2"]);
-    expect(run.status).toBe(6);
-    expect(existsSync(it.file)).toBe(false);
-    expect((await get(it)).status).toBe(0);
-    expectWhole(it);
-  });
-
-  test("cut again and again at growing distances: goes on each time where it was", async () => {
-    await using it = await setUp([]);
-    using proxy = startProxy({
-      target: it.server.port,
-      toClient: (bytes, offset, connection) => (offset > connection * 700_000 ? undefined : bytes),
-    });
-    const run = await runClient(proxy.address, ["get", "big", "-d", it.folder]);
-    expect(run.status).toBe(0);
-    const offsets = gets(it.server).map((line) => line.offset!);
-    expect(offsets.length).toBeGreaterThan(3);
-    expect(offsets).toEqual(offsets.toSorted((a, b) => a - b));
-    expectWhole(it);
-  });
-
-  test("cut at every byte of the handshake and the first frames: status 8 or whole, never less", async () => {
-    using root = makeRoot({ small: "0123456789" });
-    await using server = await startServer(root.path);
-    for (let cut = 0; cut < 160; cut += 7) {
-      using proxy = startProxy({
-        target: server.port,
-        toClient: (bytes, offset) => (offset >= cut ? undefined : bytes.subarray(0, cut - offset)),
-      });
-      using folder = temporaryFolder();
-      const run = await runClient(proxy.address, [
-        "get",
-        "small",
-        "-d",
-        folder.path,
-        "--retries",
-        "0",
-        "--timeout",
-        "0.5",
-      ]);
-      const whole = existsSync(join(folder.path, "small"));
-      expect([cut, run.status]).toEqual([cut, whole ? 0 : 8]);
-      if (whole) expect(readFileSync(join(folder.path, "small"), "utf8")).toBe("0123456789");
-    }
-  });
-
-  test("a stall in mid-file ends by --timeout, and the next attempt goes on", async () => {
-    await using it = await setUp([]);
-    using proxy = startProxy({
-      target: it.server.port,
-      toClient: (bytes, offset, connection) => (connection === 1 && offset > 5_000_000 ? new Uint8Array(0) : bytes),
-    });
-    const run = await runClient(proxy.address, ["get", "big", "-d", it.folder, "--timeout", "0.5"]);
-    expect(run.status).toBe(0);
-    expect(run.errors).toContain("no byte for 0.5 s; trying again");
-    expectWhole(it);
   });
 });
 

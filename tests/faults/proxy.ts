@@ -41,7 +41,7 @@ export interface ProxyOptions extends Partial<Record<Direction, Hook>> {
   spoil?: (connection: number) => Partial<Record<Direction, Faults>>;
 }
 
-export interface Proxy extends Disposable {
+export interface Wire extends Disposable {
   readonly port: number;
   readonly address: string;
   /** How many there were so far. */
@@ -50,7 +50,7 @@ export interface Proxy extends Disposable {
   sent(direction: Direction): number[];
 }
 
-export function startProxy({ target, spoil = () => ({}), ...hooks }: ProxyOptions): Proxy {
+export function startProxy({ target, spoil = () => ({}), ...hooks }: ProxyOptions): Wire {
   const links: Link[] = [];
   const listener = Bun.listen<Lane>({
     hostname: "127.0.0.1",
@@ -192,7 +192,7 @@ class Lane {
     const passed = this.#hook(this.#spoil(bytes, offset), offset, this.#number);
     if (passed) this.#queue(passed);
     else this.#link.cut();
-    if (this.offset >= (this.#faults.cutAt ?? Number.POSITIVE_INFINITY)) this.#finishWith(() => this.#link.cut());
+    if (this.offset >= (this.#faults.cutAt ?? Number.POSITIVE_INFINITY)) this.#finishWith(() => this.#close());
   }
 
   /** The source has ended, and may still be sent to. */
@@ -204,6 +204,12 @@ class Lane {
   lose(): void {
     this.#end = undefined;
     this.#finishWith(() => this.sink?.end());
+  }
+
+  /** Not by a reset, which would take back what has come over and is not yet read. */
+  #close(): void {
+    this.sink?.end();
+    this.source?.terminate();
   }
 
   /** Sends what is due, as far as it is taken. */
