@@ -304,13 +304,13 @@ describe("faults that come again", () => {
 
   test("cut again and again at growing distances: goes on each time where it was", async () => {
     await using it = await setUp();
-    const spoil = (connection: number) => ({ toClient: { cutAt: connection * 400_000 } });
+    const spoil = (connection: number) => ({ toClient: { cutAt: connection * 700_000 } });
     using proxy = startProxy({ target: it.server.port, spoil });
     expect((await get(it, proxy.address)).status).toBe(0);
     await waitFor("the last is logged", () => gets(it).some(({ status }) => status === "ok"));
     const offsets = gets(it).map((line) => line.offset!);
-    expect(offsets.length).toBeGreaterThan(3);
-    expect(offsets).toEqual(offsets.toSorted((a, b) => a - b));
+    expect(offsets.length).toBeGreaterThan(2);
+    expect(offsets).toEqual([...new Set(offsets)].sort((a, b) => a - b));
     expect(isBig(join(it.folder, "big"))).toBe(true);
   });
 
