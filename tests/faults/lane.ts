@@ -88,7 +88,10 @@ export interface World {
   /** Of the server, and of a proxy to it that spoils some connections. */
   readonly addresses: { plain: string; spoilt: string };
   readonly env: Record<string, string>;
+  /** No further task is to be begun. */
   isOver(): boolean;
+  /** Nor what is begun brought to its end. */
+  isAborted(): boolean;
   fault(text: string): void;
 }
 
@@ -204,6 +207,7 @@ export class Lane {
     for (let runs = 1; runs <= MAX_RUNS; runs++) {
       const resumes = runs > 1 && task.resume !== undefined && random(2) === 0;
       const run = await this.#runClient(server, resumes ? task.resume! : task.args, task.stdin);
+      if (this.#world.isAborted()) return;
       if (runs > 1) count(this.#world, "runs after the first");
       count(this.#world, "retries within a run", run.errors.split("trying again").length - 1);
       if (run.status === 0 && !resumes) return this.#finish(task, run);

@@ -89,6 +89,7 @@ class Soak implements World {
   #proxy!: Wire;
   #newDescriptors = 0;
   #isOver = false;
+  #isAborted = false;
 
   constructor(options: SoakOptions) {
     this.#options = options;
@@ -111,6 +112,10 @@ class Soak implements World {
     return this.#isOver;
   }
 
+  isAborted(): boolean {
+    return this.#isAborted;
+  }
+
   fault(text: string): void {
     this.#faults.push(text);
     this.#options.say(`fault after ${this.#seconds()} s: ${text}`);
@@ -124,17 +129,23 @@ class Soak implements World {
     const working = Promise.all(this.#lanes.map((lane) => lane.run()));
     try {
       await Promise.race([this.#killAll(), working]);
+    } catch (error) {
+      this.#isAborted = true;
+      for (const lane of this.#lanes) lane.kill();
+      throw error;
     } finally {
       this.#isOver = true;
+      await working;
+      for (const timer of timers) clearInterval(timer);
     }
-    await working;
-    for (const timer of timers) clearInterval(timer);
     await this.#checkRest();
   }
 
   /** Stops what runs, looks for what is left of it, and tells. */
   async end(): Promise<Report> {
     this.#proxy?.[Symbol.dispose]();
+    // What has outlived its server would keep that one's output open for ever.
+    if (this.#isAborted) this.#killRest();
     await this.#server?.[Symbol.asyncDispose]();
     await this.#checkOrphans();
     if (this.#faults.length === 0) this.#folder[Symbol.dispose]();
@@ -272,6 +283,11 @@ class Soak implements World {
     const none = () => this.#orphans().length === 0;
     if (await waitFor("all processes are gone", none).catch(() => false)) return;
     this.fault(`left behind: process ${this.#orphans().join(", ")}`);
+    this.#killRest();
+  }
+
+  #killRest(): void {
+    for (const pid of this.#orphans()) process.kill(pid, "SIGKILL");
   }
 
   #orphans(): number[] {
