@@ -1264,13 +1264,15 @@ describe("the wire", () => {
     expectOnly(it, "f");
   });
 
-  test("a peer that owes content is not kept by what the server says meanwhile: --idle-timeout ends it", async () => {
-    // Longer than the server waits before it says WAIT.
-    await using it = await setUp({ args: ["--idle-timeout", "1.5"] });
+  test("a peer that owes content is not told to wait, and --idle-timeout ends it", async () => {
+    // Several times what the server waits before it says WAIT.
+    await using it = await setUp({ args: ["--idle-timeout", "3.5"] });
     using connection = await speak(it.server.port);
     connection.ask(putFrame("f"), data("four"));
     await waitFor("the server has closed", () => connection.closed());
-    expect(it.puts().map((line) => line.status)).toEqual(["idle"]);
+    // One may go out in the second in which the content came.
+    expect(connection.answers().filter(({ type }) => type === "wait").length).toBeLessThanOrEqual(1);
+    await waitFor("it is logged", () => it.puts().length === 1);
     expect(visible(it)).toEqual([]);
   });
 
