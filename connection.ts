@@ -559,7 +559,7 @@ export async function connect(options: ConnectOptions): Promise<Connection> {
     if (given) socket.terminate();
     else resolve(new Connection(socket, { ...options, encrypted: tls }));
   };
-  Bun.connect<Connection>({
+  const opening = {
     hostname: host,
     port,
     ...(tls && { tls: { ca, serverName: nameOf(host), rejectUnauthorized: false } }),
@@ -576,13 +576,21 @@ export async function connect(options: ConnectOptions): Promise<Connection> {
         refuse(lost(`${where}: closed in the middle of the TLS handshake`, error));
       },
     },
-  } as Bun.TCPSocketConnectOptions<Connection>).catch((error) => refuse(lost(`${where}: ${reasonOf(error)}`, error)));
+  } as Bun.TCPSocketConnectOptions<Connection>;
   try {
+    Bun.connect(opening).catch((error) => refuse(lost(`${where}: ${reasonOf(error)}`, error)));
     return await promise;
+  } catch (error) {
+    throw isUseless(error) ? new RepriseError("usage", "--ca has a certificate that cannot be read", error) : error;
   } finally {
     clearTimeout(timer);
     signal?.removeEventListener("abort", abort);
   }
+}
+
+/** Bun throws it at once: a certificate in `ca` is damaged. */
+function isUseless(error: unknown): boolean {
+  return !(error instanceof RepriseError) && (error as Error).message === "Invalid CA";
 }
 
 /** What TLS sends ahead as the name of the server: none for an address. */

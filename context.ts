@@ -125,10 +125,13 @@ function tokenOf(args: Args): string | undefined {
   return token;
 }
 
-/** From --ca or REPRISE_CA. */
+/** From --ca or REPRISE_CA. A file without any certificate would be as good as none. */
 function issuersOf(args: Args): string | undefined {
   const file = String(args.ca ?? process.env.REPRISE_CA ?? "");
-  return file === "" ? undefined : readLocal(file, "the certificates");
+  if (file === "") return undefined;
+  const text = readLocal(file, "the certificates");
+  if (!/^-----BEGIN [A-Z0-9 ]*CERTIFICATE-----/m.test(text)) throw usage(`${quote(file)} holds no certificate in PEM`);
+  return text;
 }
 
 function checkPrivate(fd: number, path: string): void {
