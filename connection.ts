@@ -775,7 +775,7 @@ class Alarm {
   #set(at: number): void {
     clearTimeout(this.#timer);
     this.#at = at;
-    this.#timer = setTimeout(() => this.#ring(), at - performance.now()).unref();
+    this.#timer = setTimeout(() => this.#ring(), Math.max(0, at - performance.now())).unref();
   }
 
   #ring(): void {
