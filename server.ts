@@ -15,6 +15,7 @@
 import { createPrivateKey, X509Certificate } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
+import { createSecureContext } from "node:tls";
 import type { Subprocess, TCPSocketListener } from "bun";
 import { Admission, Gate, type Question, type Reply, type Verdict } from "./admission.ts";
 import { type Changes, openChanges } from "./changes.ts";
@@ -128,7 +129,11 @@ function readSecrets({ tokens, tls }: Omit<Settings, "worker">): Pick<Worker, "t
 function readCertificate({ cert, key }: Certificate): Certificate {
   const [chain, secret] = [readText(cert), readText(key)];
   try {
-    if (new X509Certificate(chain).checkPrivateKey(createPrivateKey(secret))) return { cert: chain, key: secret };
+    if (new X509Certificate(chain).checkPrivateKey(createPrivateKey(secret))) {
+      // As each connection will, of the whole chain: a file of which the end is missing is found now.
+      createSecureContext({ cert: chain, key: secret });
+      return { cert: chain, key: secret };
+    }
   } catch (error) {
     const what = `${quote(cert)} and ${quote(key)} are no certificate and key in PEM: ${(error as Error).message}`;
     throw new RepriseError("usage", what, error);
