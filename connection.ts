@@ -500,12 +500,18 @@ export interface AcceptOptions extends ConnectionOptions {
 /** Listens on a port that other processes listen on as well. */
 export function accept(options: AcceptOptions): TCPSocketListener<Connection> {
   const { host: hostname, port, certificate, onConnection } = options;
+  // One that was reset while it waited to be accepted has no address any more: there is nobody to count or to answer.
+  const opened = (serve: (socket: BunSocket<Connection>) => void) => (socket: BunSocket<Connection>) =>
+    socket.remoteAddress === undefined ? socket.terminate() : serve(socket);
   const plain: SocketHandler<Connection> = {
     ...Connection.handlers,
-    open: (socket) => onConnection(new Connection(socket, options)),
+    open: opened((socket) => onConnection(new Connection(socket, options))),
   };
   // Without `data`, which would be given everything once more as it travels.
-  const tls: SocketHandler<Connection> = { drain() {}, open: (socket) => encrypt(socket, certificate!(), options) };
+  const tls: SocketHandler<Connection> = {
+    drain() {},
+    open: opened((socket) => encrypt(socket, certificate!(), options)),
+  };
   return listen<Connection>({ hostname, port, reusePort: true, socket: certificate ? tls : plain });
 }
 
