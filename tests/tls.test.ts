@@ -15,7 +15,7 @@ import {
   truncateSync,
   writeFileSync,
 } from "node:fs";
-import { createServer, type Socket as NetSocket } from "node:net";
+import { connect, createServer, type Socket as NetSocket } from "node:net";
 import { join } from "node:path";
 import { connect as connectTls, createServer as createTlsServer, type TLSSocket } from "node:tls";
 import { Remote } from "../client.ts";
@@ -485,7 +485,8 @@ describeTls("a certificate", () => {
   test.each(wrong)("%s: status 4 and why, at once, and nothing was said", async (_, name, host, trusted, why) => {
     using fake = await listenWith(showing(pair(name)));
     const ca = (trusted ?? ["root"]).flatMap((one) => ["--ca", authority(one as "root" | "otherRoot")]);
-    const run = await runClient(`tls://${host}:${fake.port}`, ["cat", "secret-name", ...ca], withToken);
+    const args = ["cat", "secret-name", "--retries", "1", "--timeout", "2", ...ca];
+    const run = await runClient(`tls://${host}:${fake.port}`, args, withToken);
     expect(run).toMatchObject({ status: 4, output: "" });
     expect(run.errors).toMatch(why);
     expect(run.errors).toStartWith(`error: ${host}:${fake.port}: `);
@@ -496,7 +497,7 @@ describeTls("a certificate", () => {
 
   test("that is right: then, and only then, the token is sent", async () => {
     using fake = await listenWith(showing(pair("good")), (socket) => socket.once("data", () => socket.end()));
-    const args = ["cat", "secret-name", "--ca", authority(), "--retries", "0"];
+    const args = ["cat", "secret-name", "--ca", authority(), "--retries", "0", "--timeout", "2"];
     expect((await runClient(`tls://localhost:${fake.port}`, args, withToken)).status).toBe(8);
     expect(fake.received()).toContain(SECRET);
     expect(fake.received()).toContain("secret-name");
@@ -1073,6 +1074,33 @@ describeTls("a peer", () => {
     expect(await residentBytes(server.workers()[0]!)).toBeLessThan(200e6);
   });
 });
+
+/** With few descriptors, so that a connection that is never let go is soon one too many. */
+const withFewDescriptors = ["sh", "-c", 'ulimit -n 300; exec "$@"', "sh"];
+
+test.each(["tcp", ...(hasOpenssl ? ["tls"] : [])])(
+  "200 peers that are gone before they are accepted leave nothing (%s)",
+  async (scheme) => {
+    using root = makeRoot({ a: "1" });
+    const secure = scheme === "tls" ? pair("good").args : [];
+    const args = [...secure, "--workers", "1"];
+    await using server = await startServer(root.path, { args, runBy: withFewDescriptors });
+    const [worker] = server.workers() as [number];
+    process.kill(worker, "SIGSTOP");
+    for (let left = 200; left > 0; left--) {
+      const socket = connect({ host: "127.0.0.1", port: server.port });
+      socket.on("error", () => {});
+      await new Promise((resolve) => socket.once("connect", resolve));
+      await new Promise((resolve) => socket.once("close", resolve).resetAndDestroy());
+    }
+    process.kill(worker, "SIGCONT");
+    const trust = scheme === "tls" ? ["--ca", authority()] : [];
+    const run = await runClient(server.address, ["cat", "a", "--retries", "0", ...trust]);
+    expect(run).toMatchObject({ status: 0, output: "1" });
+    expect(server.stderr()).not.toContain("TypeError");
+    expect(server.workers()).toEqual([worker]);
+  },
+);
 
 describeTls("a server with TLS", () => {
   test("--limit-rate holds for one connection", async () => {
