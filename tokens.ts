@@ -9,7 +9,7 @@
  * time, so that the time of an answer tells nothing either.
  */
 import { createHash, randomBytes, timingSafeEqual } from "node:crypto";
-import { closeSync, fsyncSync, openSync, readFileSync, renameSync, writeSync } from "node:fs";
+import { closeSync, fsyncSync, openSync, readFileSync, renameSync, writeFileSync } from "node:fs";
 import { dirname } from "node:path";
 import { command, print, say, usage } from "./command.ts";
 import { Held, openLocked, removeIfThere, unlock } from "./disk.ts";
@@ -109,17 +109,11 @@ function digestOf(text: string): Buffer {
 
 /** Replaces the file, one process at a time: a server that reads meanwhile has the old one or the new one, whole. */
 function change(path: string, make: (tokens: Token[]) => Token[]): void {
-  const temporary = `${path}.new`;
   let lock: number | undefined;
   try {
     lock = openLocked(path, 0o600);
-    const text = readFileSync(lock, "utf8");
-    const tokens = make(parseTokens(text, path));
-    writeSynced(temporary, `${JSON.stringify({ tokens }, undefined, 2)}\n`);
-    renameSync(temporary, path);
-    syncFolder(dirname(path));
+    replace(path, make(parseTokens(readFileSync(lock, "utf8"), path)));
   } catch (error) {
-    removeIfThere(temporary);
     if (error instanceof RepriseError) throw error;
     const why = error instanceof Held ? error.message : (error as NodeJS.ErrnoException).code;
     throw new RepriseError("local", `the tokens in ${quote(path)} cannot be changed: ${why}`, error);
@@ -131,10 +125,25 @@ function change(path: string, make: (tokens: Token[]) => Token[]): void {
   }
 }
 
-function writeSynced(path: string, text: string): void {
-  const fd = openSync(path, "w", 0o600);
+/** For who has the lock: what has the temporary name then is of nobody who is still at work. */
+function replace(path: string, tokens: Token[]): void {
+  const temporary = `${path}.new`;
+  removeIfThere(temporary);
   try {
-    writeSync(fd, text);
+    writeSynced(temporary, `${JSON.stringify({ tokens }, undefined, 2)}\n`);
+    renameSync(temporary, path);
+  } catch (error) {
+    removeIfThere(temporary);
+    throw error;
+  }
+  syncFolder(dirname(path));
+}
+
+/** All of it, or an error: on a full disk a single write may well end early and say nothing. */
+function writeSynced(path: string, text: string): void {
+  const fd = openSync(path, "wx", 0o600);
+  try {
+    writeFileSync(fd, text);
     fsyncSync(fd);
   } finally {
     closeSync(fd);
