@@ -90,8 +90,9 @@ export function addToken(path: string, entry: Pick<Token, "name" | "access" | "f
   return text;
 }
 
-/** Throws `not_found`. */
+/** Throws `not_found`, and `local` where there is no file: none is made to find nothing in it. */
 export function removeToken(path: string, name: string): void {
+  readTokens(path);
   change(path, (tokens) => {
     const left = tokens.filter((token) => token.name !== name);
     if (left.length === tokens.length) throw new RepriseError("not_found", `there is no token ${quote(name)}`);
@@ -171,11 +172,12 @@ function checked(value: unknown): Token {
   const { name, access, folder, sha256, created, expires } = value as Token;
   const isWhole =
     typeof name === "string" &&
+    NAME.test(name) &&
     ACCESSES.includes(access) &&
     typeof folder === "string" &&
     /^[0-9a-f]{64}$/.test(sha256) &&
-    (expires === undefined || !Number.isNaN(Date.parse(expires)));
-  if (!isWhole) throw new Error(`an entry is incomplete: ${JSON.stringify(name)}`);
+    (expires === undefined || (typeof expires === "string" && !Number.isNaN(Date.parse(expires))));
+  if (!isWhole) throw new Error(`an entry is incomplete: ${toJson(name ?? null)}`);
   return { name, access, folder, sha256, created, ...(expires !== undefined && { expires }) };
 }
 
