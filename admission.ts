@@ -41,9 +41,12 @@ export class Admission {
   readonly #ofAddress = new Map<string, number>();
   #all = 0;
   readonly #failures = new Map<string, { count: number; at: number }>();
+  /** Milliseconds. */
+  readonly #now: () => number;
 
-  constructor(limits: AdmissionLimits) {
+  constructor(limits: AdmissionLimits, now: () => number = () => performance.now()) {
     this.#limits = limits;
+    this.#now = now;
   }
 
   /** Answers what a worker asks, if there is something to answer. */
@@ -86,7 +89,8 @@ export class Admission {
   }
 
   /** Counts a failure and tells how long its answer is to wait, in milliseconds. */
-  #delayAfter(key: string, now = performance.now()): number {
+  #delayAfter(key: string): number {
+    const now = this.#now();
     const known = this.#failures.get(key);
     const count = known && now - known.at < FORGET_MS ? known.count + 1 : 1;
     this.#failures.delete(key);

@@ -38,10 +38,12 @@ export interface LogLine {
   status: string;
   peer?: string;
   worker?: number;
+  token?: string;
   path?: string;
   offset?: number;
   bytes?: number;
   ms?: number;
+  count?: number;
   time?: string;
 }
 

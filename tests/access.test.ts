@@ -1,0 +1,1021 @@
+/** Who may do what: tokens, one refusal for all, what the client does with its token, counts, slow peers, the log. */
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import {
+  chmodSync,
+  existsSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import { connect, type Socket } from "node:net";
+import { join } from "node:path";
+import { Admission, type AdmissionLimits, Gate, type Question, type Reply } from "../admission.ts";
+import {
+  type Answer,
+  decodeAnswer,
+  encodeEnd,
+  encodeHello,
+  encodeRequest,
+  FrameDecoder,
+  MAX_ANSWER_BYTES,
+  type Put,
+  RepriseError,
+  type Request,
+  TO_THE_END,
+} from "../protocol.ts";
+import { type Access, addToken, readTokens, removeToken, Tokens } from "../tokens.ts";
+import {
+  HOME,
+  type LogLine,
+  makeRoot,
+  runClient,
+  type Server,
+  type ServerOptions,
+  spawnClient,
+  startProxy,
+  startServer,
+  TEST_MS,
+  temporaryFolder,
+  treeOf,
+  waitFor,
+  writeLargeFile,
+} from "./fixtures.ts";
+
+setDefaultTimeout(TEST_MS);
+
+// ---------------------------------------------------------------------------------------------------- token command
+
+interface Run {
+  status: number;
+  output: string;
+  errors: string;
+}
+
+/** `bun server.ts token …`, or by `runBy`. */
+async function tokenCommand(args: string[], options: { cwd?: string; runBy?: string[] } = {}): Promise<Run> {
+  const child = Bun.spawn({
+    cmd: [...(options.runBy ?? []), process.execPath, join(HOME, "server.ts"), "token", ...args],
+    cwd: options.cwd ?? HOME,
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  const [output, errors, status] = await Promise.all([
+    new Response(child.stdout).text(),
+    new Response(child.stderr).text(),
+    child.exited,
+  ]);
+  return { status, output, errors };
+}
+
+/** A file of tokens in a folder of its own. */
+function tokenFile(): { path: string; folder: string } & Disposable {
+  const folder = temporaryFolder();
+  return {
+    path: join(folder.path, "tokens.json"),
+    folder: folder.path,
+    [Symbol.dispose]: () => folder[Symbol.dispose](),
+  };
+}
+
+const modeOf = (path: string) => statSync(path).mode & 0o777;
+const hashOf = (text: string) => new Bun.CryptoHasher("sha256").update(text).digest("hex");
+
+/** An entry as it stands in the file. */
+const entry = (name: string, more: object = {}) => ({
+  name,
+  access: "read",
+  folder: "",
+  sha256: hashOf(name),
+  created: "2026-01-01T00:00:00.000Z",
+  ...more,
+});
+
+describe("server.ts token", () => {
+  test("add prints the token, once, on stdout alone; the file has its hash and nobody else may read it", async () => {
+    using file = tokenFile();
+    const args = ["add", "ann", "--access", "write", "--folder", "photos/", "--expires", "30d", "--tokens", file.path];
+    const before = Date.now();
+    const { status, output, errors } = await tokenCommand(args);
+    expect(status).toBe(0);
+    expect(output).toMatch(/^rprs_[\w-]{43}\n$/);
+    const text = output.trim();
+    expect(errors).not.toContain(text.slice(5));
+    expect(errors.trim().split("\n").length).toBe(1);
+    const written = readFileSync(file.path, "utf8");
+    expect(written).not.toContain(text.slice(5));
+    expect(modeOf(file.path)).toBe(0o600);
+    const { tokens } = JSON.parse(written);
+    expect(tokens).toEqual([
+      {
+        name: "ann",
+        access: "write",
+        folder: "photos",
+        sha256: hashOf(text),
+        created: expect.any(String),
+        expires: expect.any(String),
+      },
+    ]);
+    const lives = Date.parse(tokens[0].expires) - before;
+    expect(lives).toBeGreaterThanOrEqual(30 * 86_400_000);
+    expect(lives).toBeLessThan(30 * 86_400_000 + TEST_MS);
+    expect(readdirSync(file.folder)).toEqual(["tokens.json"]);
+  });
+
+  test("each has another token; list and remove; tokens.json in the working folder is the default", async () => {
+    using file = tokenFile();
+    const at = { cwd: file.folder };
+    const ann = await tokenCommand(["add", "ann", "--access", "read"], at);
+    const ben = await tokenCommand(["add", "ben@example.org", "--access=replica", "--expires", "1h"], at);
+    expect(new Set([ann.output, ben.output]).size).toBe(2);
+    const listed = await tokenCommand(["list"], at);
+    expect(listed).toMatchObject({ status: 0, errors: "" });
+    expect(listed.output).toMatch(
+      /^ann +read +"\/"\nben@example\.org +replica "\/" {2}until \d{4}-\d\d-\d\dT\d\d:\d\dZ\n$/,
+    );
+    const objects = (await tokenCommand(["list", "--json"], at)).output.trim().split("\n");
+    expect(objects.map((line) => Object.keys(JSON.parse(line)))).toEqual([
+      ["name", "access", "folder", "created"],
+      ["name", "access", "folder", "created", "expires"],
+    ]);
+    for (const { output } of [ann, ben]) expect(listed.output + objects).not.toContain(hashOf(output.trim()));
+    expect(await tokenCommand(["remove", "ann"], at)).toMatchObject({ status: 0, output: "" });
+    expect(readTokens(file.path).map(({ name }) => name)).toEqual(["ben@example.org"]);
+    expect(modeOf(file.path)).toBe(0o600);
+  });
+
+  test("list says what has expired, and an empty file has no tokens", async () => {
+    using file = tokenFile();
+    writeFileSync(file.path, JSON.stringify({ tokens: [entry("old", { expires: "2020-01-01T00:00:00Z" })] }));
+    expect((await tokenCommand(["list", "--tokens", file.path])).output).toContain("expired 2020-01-01T00:00Z");
+    writeFileSync(file.path, "");
+    expect(await tokenCommand(["list", "--tokens", file.path])).toEqual({ status: 0, output: "", errors: "" });
+  });
+
+  const wrong: [string[], number, string][] = [
+    [[], 2, "token needs one of add, list, remove"],
+    [["ad"], 2, 'unknown command "ad", did you mean add?'],
+    [["add"], 2, "needs NAME"],
+    [["add", "ann"], 2, "--access takes read, write, replica"],
+    [["add", "ann", "--access", "admin"], 2, '--access takes read, write, replica, not "admin"'],
+    [["add", "ann", "--access"], 2, "--access needs a value"],
+    [["add", "ann", "ben", "--access", "read"], 2, 'does not take "ben"'],
+    [["add", "a b", "--access", "read"], 2, '"a b" is no name'],
+    [["add", "a\u202e\x1b[1m", "--access", "read"], 2, '"a\\u202e\\u001b[1m" is no name'],
+    [["add", "a".repeat(65), "--access", "read"], 2, "is no name"],
+    [["add", "", "--access", "read"], 2, "is no name"],
+    [["add", "ann", "--access", "read", "--expires", "30"], 2, "--expires takes a time such as 12h or 30d"],
+    [["add", "ann", "--access", "read", "--expires", "0d"], 2, "--expires takes"],
+    [["add", "ann", "--access", "read", "--expires", "-1d"], 2, "--expires"],
+    [["add", "ann", "--access", "read", "--folder", "../x"], 4, "is not a name below the served folder"],
+    [["add", "ann", "--access", "read", "--folder", "/etc"], 4, "is not a name below the served folder"],
+    [["add", "ann", "--access", "read", "--folder", "a//b"], 4, "is not a name below the served folder"],
+    [["add", "ann", "--access", "read", "--folder", ".reprise"], 2, '".reprise" is never served'],
+    [["add", "ann", "--access", "read", "--folder", "a/.reprise-1"], 2, "is never served"],
+    [["add", "known", "--access", "read"], 4, 'there is a token "known"'],
+    [["remove"], 2, "needs NAME"],
+    [["remove", "nobody"], 3, 'there is no token "nobody"'],
+    [["list", "--jsn"], 2, "did you mean --json?"],
+    [["list", "x"], 2, 'does not take "x"'],
+  ];
+  test.each(wrong)("%j gives status %d and says why; the file stays as it is", async (args, status, text) => {
+    using file = tokenFile();
+    addToken(file.path, { name: "known", access: "read", folder: "" });
+    const before = readFileSync(file.path, "utf8");
+    const run = await tokenCommand(args, { cwd: file.folder });
+    expect(run).toMatchObject({ status, output: "" });
+    expect(run.errors).toContain(text);
+    expect(run.errors.trim().split("\n").length).toBe(1);
+    expect(readFileSync(file.path, "utf8")).toBe(before);
+    expect(readdirSync(file.folder)).toEqual(["tokens.json"]);
+  });
+
+  const noTokens: [string, string | undefined][] = [
+    ["text", "-----BEGIN PRIVATE KEY-----"],
+    ["null", "null"],
+    ["another object", "{}"],
+    ["tokens that are no list", '{"tokens": 1}'],
+    ["null for an entry", '{"tokens": [null]}'],
+    ["an entry without its name", JSON.stringify({ tokens: [{ ...entry("ann"), name: undefined }] })],
+    ["an entry without its hash", JSON.stringify({ tokens: [entry("ann", { sha256: undefined })] })],
+    ["a hash that is cut", JSON.stringify({ tokens: [entry("ann", { sha256: "abcd" })] })],
+    ["an unknown access", JSON.stringify({ tokens: [entry("ann", { access: "root" })] })],
+    ["no folder", JSON.stringify({ tokens: [entry("ann", { folder: undefined })] })],
+    ["an expiry that is none", JSON.stringify({ tokens: [entry("ann", { expires: "soon" })] })],
+    ["an expiry that is a number", JSON.stringify({ tokens: [entry("ann", { expires: 2030 })] })],
+    ["a name that no terminal should be shown", JSON.stringify({ tokens: [entry("\x1b[1mann")] })],
+    ["nothing where the file is not there", undefined],
+  ];
+  test.each(noTokens)("a file of %s is no file of tokens: said, and left alone", async (_, content) => {
+    using file = tokenFile();
+    if (content !== undefined) writeFileSync(file.path, content);
+    const [status, text] = content === undefined ? [7, "cannot be read: ENOENT"] : [2, "is no file of tokens"];
+    const runs = [["list"], ["remove", "ann"], ...(content === undefined ? [] : [["add", "ann", "--access", "read"]])];
+    for (const args of runs) {
+      const run = await tokenCommand([...args, "--tokens", file.path]);
+      expect(run).toMatchObject({ status, output: "" });
+      expect(run.errors).toContain(text);
+      expect(run.errors.trim().split("\n").length).toBe(1);
+    }
+    await expect(startServer(file.folder, { args: ["--tokens", file.path] })).rejects.toThrow(text);
+    expect(readdirSync(file.folder)).toEqual(content === undefined ? [] : ["tokens.json"]);
+    if (content !== undefined) expect(readFileSync(file.path, "utf8")).toBe(content);
+  });
+
+  test("twenty at a time: each is in the file, or says who holds it", async () => {
+    using file = tokenFile();
+    const names = Array.from({ length: 20 }, (_, index) => `guest${index}`);
+    const adding = names.map((name) => tokenCommand(["add", name, "--access", "read", "--tokens", file.path]));
+    const runs = await Promise.all(adding);
+    const made = names.filter((_, index) => runs[index]!.status === 0);
+    expect(made.length).toBeGreaterThan(0);
+    for (const run of runs.filter(({ status }) => status !== 0)) {
+      expect(run).toMatchObject({ status: 7, output: "" });
+      expect(run.errors).toMatch(/is held by (process \d+|another process)/);
+    }
+    const known = new Tokens(readTokens(file.path));
+    const found = runs.flatMap(({ output }) => (output === "" ? [] : [known.find(output.trim())?.name]));
+    expect(found).toEqual(made);
+    expect(
+      readTokens(file.path)
+        .map(({ name }) => name)
+        .sort(),
+    ).toEqual(made.sort());
+    expect(readdirSync(file.folder)).toEqual(["tokens.json"]);
+  });
+
+  test("killed at any moment it leaves the old file or the new one, and the next goes on", async () => {
+    using file = tokenFile();
+    addToken(file.path, { name: "first", access: "read", folder: "" });
+    const before = readFileSync(file.path, "utf8");
+    for (let ms = 0; ms < 10; ms++) {
+      const child = Bun.spawn({
+        cmd: [
+          process.execPath,
+          join(HOME, "server.ts"),
+          "token",
+          "add",
+          `n${ms}`,
+          "--access",
+          "read",
+          "--tokens",
+          file.path,
+        ],
+        stdio: ["ignore", "ignore", "ignore"],
+      });
+      // Near the end of it, where the file is written, wherever the machine's pace puts that.
+      await Promise.race([
+        waitFor("it writes", () => existsSync(`${file.path}.new`)),
+        child.exited,
+        Bun.sleep(ms * 15),
+      ]);
+      child.kill("SIGKILL");
+      await child.exited;
+      expect(readTokens(file.path)[0]).toEqual(JSON.parse(before).tokens[0]);
+    }
+    expect(await tokenCommand(["add", "last", "--access", "read", "--tokens", file.path])).toMatchObject({ status: 0 });
+    expect(readTokens(file.path).at(-1)!.name).toBe("last");
+    expect(readdirSync(file.folder)).toEqual(["tokens.json"]);
+  });
+
+  test("what a killed one left, or somebody laid out, gives the new file neither its mode nor its place", async () => {
+    using file = tokenFile();
+    writeFileSync(`${file.path}.new`, "left", { mode: 0o666 });
+    chmodSync(`${file.path}.new`, 0o666);
+    addToken(file.path, { name: "ann", access: "read", folder: "" });
+    expect(modeOf(file.path)).toBe(0o600);
+    const elsewhere = join(file.folder, "elsewhere");
+    writeFileSync(elsewhere, "mine");
+    symlinkSync(elsewhere, `${file.path}.new`);
+    addToken(file.path, { name: "ben", access: "read", folder: "" });
+    expect(readFileSync(elsewhere, "utf8")).toBe("mine");
+    expect(readTokens(file.path).length).toBe(2);
+  });
+
+  test("a file that cannot be written whole stays as it was", async () => {
+    using file = tokenFile();
+    for (let index = 0; index < 10; index++) addToken(file.path, { name: `n${index}`, access: "read", folder: "" });
+    const before = readFileSync(file.path, "utf8");
+    expect(before.length).toBeGreaterThan(1024);
+    // Blocks of 1024 bytes: the first write comes short, the next one fails.
+    const runBy = ["bash", "-c", 'ulimit -f 1; trap "" XFSZ; exec "$@"', "bash"];
+    const run = await tokenCommand(["add", "one-more", "--access", "read", "--tokens", file.path], { runBy });
+    expect(readFileSync(file.path, "utf8")).toBe(before);
+    expect(run).toMatchObject({ status: 7, output: "" });
+    expect(run.errors).toContain("cannot be changed: EFBIG");
+    expect(readdirSync(file.folder)).toEqual(["tokens.json"]);
+  });
+
+  test("a folder called token is served as ./token", async () => {
+    using home = makeRoot({ "token/a": "1" });
+    await using server = await startServer("./token", { cwd: home.path });
+    expect((await runClient(server.address, ["cat", "a"])).output).toBe("1");
+    expect(await tokenCommand([], { cwd: home.path })).toMatchObject({ status: 2, output: "" });
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- guests
+
+/** A connection as a guest has it, from an address of its own unless it is given one: refusals make an address wait. */
+interface Guest extends Disposable {
+  socket: Socket;
+  address: string;
+  /** All that came, decoded. */
+  answers(): Answer[];
+  /** The same as bytes. */
+  received(): Buffer;
+  closed(): boolean;
+  /** Sends a request and gives `ok` or the code of the error. */
+  ask(request: Request): Promise<string>;
+}
+
+let guests = 0;
+const ownAddress = () => `127.77.${(++guests >> 8) & 255}.${guests & 255}`;
+const ENDS = ["end", "error", "file", "info"];
+
+async function visit(port: number, address = ownAddress()): Promise<Guest> {
+  const chunks: Buffer[] = [];
+  const answers: Answer[] = [];
+  const decoder = new FrameDecoder({ maxLength: MAX_ANSWER_BYTES });
+  let isClosed = false;
+  const socket = connect({ host: "127.0.0.1", port, localAddress: address });
+  socket.on("data", (bytes: Buffer) => {
+    chunks.push(bytes);
+    decoder.push(new Uint8Array(bytes));
+    for (let frame = decoder.next(); frame; frame = decoder.next()) {
+      const answer = decodeAnswer(frame);
+      if (answer.type !== "wait") answers.push(answer);
+    }
+  });
+  socket.on("error", () => {});
+  socket.on("close", () => {
+    isClosed = true;
+  });
+  await waitFor("the guest is connected", () => !socket.connecting || isClosed);
+  return {
+    socket,
+    address,
+    answers: () => answers,
+    received: () => Buffer.concat(chunks),
+    closed: () => isClosed,
+    async ask(request) {
+      const from = answers.length;
+      const ends = request.action === "stat" || request.action === "put" ? ["meta", ...ENDS] : ENDS;
+      socket.write(encodeRequest(request));
+      const last = await waitFor(`the answer to ${request.action}`, () =>
+        isClosed ? ("closed" as const) : answers.slice(from).find(({ type }) => ends.includes(type)),
+      );
+      if (last === "closed") return codeOf(answers.at(-1));
+      return codeOf(last);
+    },
+    [Symbol.dispose]: () => void socket.destroy(),
+  };
+}
+
+const codeOf = (answer: Answer | undefined) => (answer?.type === "error" ? answer.error.code : "ok");
+
+/** A guest that has said who it is; throws the error that it got. */
+async function enter(port: number, token = "", address?: string): Promise<Guest> {
+  const guest = await visit(port, address);
+  guest.socket.write(encodeHello({ token }));
+  const answer = await waitFor("a welcome or an error", () => guest.answers()[0] ?? (guest.closed() ? "closed" : ""));
+  if (answer === "closed") throw new RepriseError("lost");
+  if (answer.type === "error") throw answer.error;
+  return guest;
+}
+
+const get = (path: string): Request => ({ action: "get", path, offset: 0, length: TO_THE_END, etag: "" });
+const list = (path: string): Request => ({ action: "list", path, recursive: true });
+const stat = (path: string): Request => ({ action: "stat", path });
+const sums = (path: string, id = ""): Request => ({ action: "sums", id, path });
+const remove = (path: string): Request => ({ action: "remove", path, recursive: true });
+const move = (path: string, to: string): Request => ({ action: "move", path, to, overwrite: true });
+const mkdir = (path: string): Request => ({ action: "mkdir", path, parents: true });
+const UPLOAD_ID = "0123456789abcdef0123456789abcdef";
+const put = (path: string, more: Partial<Put> = {}): Put => ({
+  action: "put",
+  path,
+  id: "",
+  offset: 0,
+  size: 3,
+  mtime: 0,
+  noClobber: false,
+  parents: true,
+  etag: "",
+  content: Buffer.from("new"),
+  ...more,
+});
+
+const READING: Record<string, Request> = {
+  get: get("f"),
+  list: list(""),
+  stat: stat("f"),
+  sums: sums("f"),
+  status: { action: "status" },
+};
+const WRITING: Record<string, Request> = {
+  "sums of an upload": sums("", UPLOAD_ID),
+  put: put("p"),
+  move: move("m", "n"),
+  mkdir: mkdir("d/e"),
+  remove: remove("r"),
+};
+const TREE = { f: "content", m: "moved", "r/x": "removed" };
+
+/** Tokens by name: what each may do, its folder, its expiry. */
+type Grants = Record<string, [access: Access, folder?: string, expires?: string]>;
+
+/** A writable server with tokens, by their names, and the file that they are in. */
+interface Guarded<Names extends string> extends AsyncDisposable {
+  server: Server;
+  port: number;
+  file: string;
+  tokens: Record<Names, string>;
+  /** SIGHUP; returns when the supervisor has taken it. */
+  reload(): Promise<void>;
+  /** What was logged of a guest. */
+  logOf(guest: Guest): LogLine[];
+}
+
+async function guard<G extends Grants>(root: string, grants: G, options: ServerOptions = {}) {
+  const file = tokenFile();
+  addToken(file.path, { name: "nobody", access: "read", folder: "" });
+  const made = Object.entries(grants).map(([name, [access, folder = "", expires]]) => [
+    name,
+    addToken(file.path, { name, access, folder, ...(expires && { expires }) }),
+  ]);
+  const args = ["--tokens", file.path, "--writable", ...(options.args ?? [])];
+  const server = await startServer(root, { ...options, args });
+  const reloads = () => server.log.filter(({ event }) => event === "reload").length;
+  const guarded: Guarded<keyof G & string> = {
+    server,
+    port: server.port,
+    file: file.path,
+    tokens: Object.fromEntries(made),
+    async reload() {
+      const before = reloads();
+      server.process.kill("SIGHUP");
+      await waitFor("the tokens are read again", () => reloads() > before);
+    },
+    logOf: (guest) => server.log.filter(({ peer }) => peer === guest.address),
+    async [Symbol.asyncDispose]() {
+      await server[Symbol.asyncDispose]();
+      file[Symbol.dispose]();
+    },
+  };
+  return guarded;
+}
+
+const PAST = "2020-01-01T00:00:00.000Z";
+
+describe("access", () => {
+  const may: [Access, string, string][] = [
+    ["write", "ok", "ok"],
+    ["read", "ok", "denied"],
+    ["replica", "ok", "denied"],
+  ];
+  test.each(may)("%s: reading is %s, writing is %s", async (access, reading, writing) => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: [access] });
+    const before = treeOf(root.path);
+    for (const [what, request] of [...Object.entries(READING), ...Object.entries(WRITING)]) {
+      using guest = await enter(it.port, it.tokens.ann);
+      const expected = what in READING ? reading : writing;
+      expect({ what, code: await guest.ask(request) }).toEqual({ what, code: expected });
+      if (expected === "denied") await waitFor("the connection ends with it", () => guest.closed());
+    }
+    if (writing === "denied") return expect(treeOf(root.path)).toEqual(before);
+    expect(readdirSync(root.path).sort()).toEqual([".reprise", "d", "f", "n", "p"]);
+  });
+
+  test("write, where the server is read-only: refused, and the connection goes on", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["write"], ben: ["read"] }, { args: ["--no-writable"] });
+    using ann = await enter(it.port, it.tokens.ann);
+    for (const request of Object.values(WRITING)) expect(await ann.ask(request)).toBe("read_only");
+    expect(await ann.ask(stat("f"))).toBe("ok");
+    using ben = await enter(it.port, it.tokens.ben);
+    expect(await ben.ask(put("p"))).toBe("denied");
+  });
+
+  const outside: [string, (it: Guarded<"ann" | "old">) => string][] = [
+    ["an expired", ({ tokens }) => tokens.old],
+    ["an unknown", () => `rprs_${"x".repeat(43)}`],
+    ["no", () => ""],
+    ["the hash of a", ({ tokens }) => hashOf(tokens.ann)],
+    ["the beginning of a", ({ tokens }) => tokens.ann.slice(0, -1)],
+    ["the name of a", () => "ann"],
+  ];
+  test.each(outside)("%s token: no request behind it is looked at", async (_, tokenOf) => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["write"], old: ["write", "", PAST] });
+    const before = treeOf(root.path);
+    using guest = await visit(it.port);
+    const requests = [...Object.values(READING), ...Object.values(WRITING)].map(encodeRequest);
+    guest.socket.write(Buffer.concat([encodeHello({ token: tokenOf(it) }), ...requests]));
+    await waitFor("it is closed", () => guest.closed());
+    expect(guest.answers().map(codeOf)).toEqual(["denied"]);
+    expect(treeOf(root.path)).toEqual(before);
+    await waitFor("it is logged", () => it.logOf(guest).length > 0);
+    expect(it.logOf(guest).map(({ event, status }) => `${event} ${status}`)).toEqual(["close denied"]);
+  });
+
+  test("an empty file lets nobody in", async () => {
+    using root = makeRoot(TREE);
+    using file = tokenFile();
+    writeFileSync(file.path, "");
+    await using server = await startServer(root.path, { args: ["--tokens", file.path] });
+    for (const token of ["", "x"]) await expect(enter(server.port, token)).rejects.toThrow("access denied");
+  });
+
+  test("a token that is removed, changed or runs out while its holder is connected ends with the next request", async () => {
+    using root = makeRoot(TREE);
+    const soon = new Date(Date.now() + 4_000).toISOString();
+    const grants: Grants = { stays: ["read"], goes: ["read"], shrinks: ["write"], ends: ["read", "", soon] };
+    await using it = await guard(root.path, grants, { args: ["--workers", "1"] });
+    const { stays, goes, shrinks, ends } = it.tokens as Record<string, string>;
+    using kept = await enter(it.port, stays);
+    using cut = await enter(it.port, goes);
+    using less = await enter(it.port, shrinks);
+    using late = await enter(it.port, ends);
+    for (const guest of [kept, cut, less, late]) expect(await guest.ask(stat("f"))).toBe("ok");
+    removeToken(it.file, "goes");
+    writeFileSync(it.file, readFileSync(it.file, "utf8").replace('"write"', '"read"'));
+    await it.reload();
+    for (const guest of [cut, less, late])
+      await waitFor("it is denied", async () => (await guest.ask(stat("f"))) === "denied");
+    expect(await kept.ask(stat("f"))).toBe("ok");
+    await expect(enter(it.port, goes)).rejects.toThrow("access denied");
+    using again = await enter(it.port, shrinks);
+    expect(await again.ask(put("p"))).toBe("denied");
+  });
+
+  test("SIGHUP lets a new token in, and keeps what was read before where the file is none", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["read"] });
+    const added = addToken(it.file, { name: "ben", access: "read", folder: "" });
+    await expect(enter(it.port, added)).rejects.toThrow("access denied");
+    await it.reload();
+    using _ben = await waitFor("he gets in", () => enter(it.port, added).catch(() => undefined));
+    writeFileSync(it.file, "{");
+    it.server.process.kill("SIGHUP");
+    await waitFor("it is said", () => it.server.stderr().includes("what was read before stays in use"));
+    using ann = await enter(it.port, it.tokens.ann);
+    expect(await ann.ask(stat("f"))).toBe("ok");
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- folders
+
+/** `mine` is what the guest sees; nothing of the rest may show. */
+const SECRET = "what is outside";
+function makeShared(): { path: string } & Disposable {
+  const root = makeRoot({ "mine/a": "inside", "mine/sub/b": "inside too", "other/s": SECRET, s: SECRET });
+  symlinkSync("../other", join(root.path, "mine/link"));
+  symlinkSync(join(root.path, "other"), join(root.path, "mine/absolute"));
+  symlinkSync("../other/s", join(root.path, "mine/file"));
+  symlinkSync("..", join(root.path, "mine/sub/up"));
+  return root;
+}
+
+const ESCAPES = [
+  ..."s other/s mine/a ../s ../other/s sub/../../s ../mine/a /s /etc/passwd ./a . .. link/s absolute/s file".split(" "),
+  ..."sub/up/a sub/up/link/s .reprise .reprise/lock mine other link/../a a/../../s //s %2e%2e/s ..\\s".split(" "),
+];
+
+describe("a token for a folder", () => {
+  test("reads that folder as the root, and nothing outside it", async () => {
+    using root = makeShared();
+    await using it = await guard(root.path, { ann: ["read", "mine"] });
+    using guest = await enter(it.port, it.tokens.ann);
+    expect(await guest.ask(list(""))).toBe("ok");
+    const entries = guest.answers().flatMap((answer) => (answer.type === "entries" ? answer.entries : []));
+    expect(entries.map(({ path }) => path).sort()).toEqual(["a", "sub", "sub/b"]);
+    for (const request of [get("a"), stat("sub/b"), sums("a"), list("sub"), stat("")])
+      expect(await guest.ask(request)).toBe("ok");
+    for (const path of ESCAPES) {
+      for (const request of [get(path), stat(path), sums(path), list(path), { ...get(path), offset: 1 }]) {
+        const code = await guest.ask(request);
+        expect({ path, request, code }).toEqual({
+          path,
+          request,
+          code: expect.stringMatching(/^(not_|bad_name|refused)/),
+        });
+      }
+    }
+    expect(guest.received().includes("inside")).toBe(true);
+    expect(guest.received().includes(SECRET)).toBe(false);
+    expect(guest.received().includes(root.path)).toBe(false);
+  });
+
+  test("changes what is in it, and nothing outside", async () => {
+    using root = makeShared();
+    await using it = await guard(root.path, { ann: ["write", "mine"] });
+    using guest = await enter(it.port, it.tokens.ann);
+    const rest = () => treeOf(root.path).filter((line) => !line.startsWith("mine/"));
+    const before = rest();
+    for (const path of [
+      "",
+      ...ESCAPES.filter((path) => !/^(s|other|mine|other\/s|mine\/a|%2e%2e\/s|\.\.\\s)$/.test(path)),
+    ]) {
+      for (const request of [
+        put(path),
+        put(path, { parents: false }),
+        put(path, { id: UPLOAD_ID, content: undefined, size: 1e6 }),
+        remove(path),
+        move("a", path),
+        move(path, "taken"),
+        { ...mkdir(path), parents: false } as Request,
+      ]) {
+        const asked = request.action === "put" && !request.content;
+        const code = await guest.ask(request);
+        if (asked) guest.socket.write(encodeEnd(0));
+        expect({ path, request, code }).toEqual({
+          path,
+          request,
+          code: expect.stringMatching(/^(not_|bad_name|refused|exists)/),
+        });
+      }
+    }
+    expect(rest()).toEqual(before);
+    expect(readFileSync(join(root.path, "mine/a"), "utf8")).toBe("inside");
+    // These are names like any other within the folder, and mean nothing outside it.
+    for (const path of ["s", "other/s", "mine/a", "%2e%2e/s", "..\\s"]) expect(await guest.ask(put(path))).toBe("ok");
+    for (const request of [mkdir("x/y"), move("s", "x/y/s"), move("x", "z"), remove("sub"), remove("other")])
+      expect(await guest.ask(request)).toBe("ok");
+    expect(rest()).toEqual(before);
+    const mine = treeOf(join(root.path, "mine")).map((line) => line.split(" ").slice(0, 2).join(" "));
+    const links = ["absolute other", "file other", "link other"];
+    const made = [
+      "mine folder",
+      "mine/a file",
+      "z folder",
+      "z/y folder",
+      "z/y/s file",
+      "%2e%2e folder",
+      "%2e%2e/s file",
+    ];
+    expect(mine.sort()).toEqual(["a file", "..\\s file", ...links, ...made].sort());
+    expect(guest.received().includes(root.path)).toBe(false);
+  });
+
+  test("client and server: put, put -r, get, sync up and down, two guests apart", async () => {
+    using root = makeRoot({ "ann/": "", "guests/ben/": "" });
+    using local = makeRoot({ "src/x": "1", "src/deep/y": "2", f: "of ann", g: "of ben" });
+    await using it = await guard(root.path, { ann: ["write", "ann"], ben: ["write", "guests/ben"] });
+    const as = (who: "ann" | "ben", ...args: string[]) =>
+      runClient(it.server.address, args, { cwd: local.path, env: { REPRISE_TOKEN: it.tokens[who] } });
+    expect(await as("ann", "put", "f", "-t", "f")).toMatchObject({ status: 0 });
+    expect(await as("ben", "put", "g", "-t", "f")).toMatchObject({ status: 0 });
+    expect((await as("ann", "cat", "f")).output).toBe("of ann");
+    expect((await as("ben", "cat", "f")).output).toBe("of ben");
+    expect(await as("ann", "put", "-r", "src")).toMatchObject({ status: 0 });
+    expect(await as("ben", "sync", "--up", "", "src")).toMatchObject({ status: 0 });
+    expect((await as("ann", "ls", "-r")).output.trim().split("\n").length).toBe(5);
+    expect(treeOf(join(root.path, "ann/src"))).toEqual(treeOf(join(local.path, "src")));
+    expect(treeOf(join(root.path, "guests/ben")).filter((line) => !line.startsWith("f "))).toEqual(
+      treeOf(join(local.path, "src")),
+    );
+    expect(await as("ann", "sync", "src", "down")).toMatchObject({ status: 0 });
+    expect(treeOf(join(local.path, "down"))).toEqual(treeOf(join(local.path, "src")));
+    expect(await as("ann", "sync", "--up", "--delete", "src", "empty-not-there")).toMatchObject({ status: 7 });
+    expect(await as("ben", "rm", "-r", "deep", "x")).toMatchObject({ status: 0 });
+    expect(treeOf(join(root.path, "ann/src"))).toEqual(treeOf(join(local.path, "src")));
+    for (const path of ["guests/ben/f", "../guests/ben/f", "ben/f"])
+      expect((await as("ann", "cat", path)).status).toBeOneOf([3, 4]);
+  });
+
+  test("an upload into it goes on where it was cut; nobody else's token finds what it holds", async () => {
+    using root = makeRoot({ "ann/": "", "ben/": "" });
+    using local = temporaryFolder();
+    await using it = await guard(root.path, { ann: ["write", "ann"], ben: ["read", "ben"] });
+    const digest = writeLargeFile(join(local.path, "big"), 24 << 20);
+    let limit = 16 << 20;
+    using proxy = startProxy({ target: it.port, toServer: (bytes, at) => bytes.subarray(0, Math.max(0, limit - at)) });
+    const args = ["put", join(local.path, "big"), "-d", join(local.path, "logs")];
+    const env = { REPRISE_TOKEN: it.tokens.ann };
+    const first = spawnClient(proxy.address, args, { env });
+    const staging = join(root.path, ".reprise");
+    const name = await waitFor("some of it is staged", () =>
+      readdirSync(staging).find((name) => name.startsWith("put-") && statSync(join(staging, name)).size > 8 << 20),
+    );
+    first.kill("SIGKILL");
+    await first.exited;
+    using ben = await enter(it.port, it.tokens.ben);
+    expect(await ben.ask(sums("", name.slice("put-".length)))).toBe("denied");
+    limit = Number.POSITIVE_INFINITY;
+    expect(await runClient(proxy.address, args, { env })).toMatchObject({ status: 0 });
+    const puts = it.server.log.filter(({ event, status }) => event === "put" && status === "ok");
+    expect(puts.at(-1)!.offset).toBeGreaterThanOrEqual(8 << 20);
+    expect(puts.at(-1)!.offset! + puts.at(-1)!.bytes!).toBe(24 << 20);
+    expect(hashOfFile(join(root.path, "ann/big"))).toBe(digest);
+    expect(readdirSync(root.path).sort()).toEqual([".reprise", "ann", "ben"]);
+    expect(readdirSync(join(root.path, "ann"))).toEqual(["big"]);
+  });
+
+  test("whose folder a link takes the place of: who is in stays in the folder, nobody else gets in", async () => {
+    using root = makeShared();
+    writeFileSync(join(root.path, "other/a"), SECRET);
+    await using it = await guard(root.path, { ann: ["write", "mine"] });
+    using guest = await enter(it.port, it.tokens.ann);
+    expect(await guest.ask(get("a"))).toBe("ok");
+    renameSync(join(root.path, "mine"), join(root.path, "was-mine"));
+    symlinkSync("other", join(root.path, "mine"));
+    expect(await guest.ask(get("a"))).toBe("ok");
+    expect(await guest.ask(get("s"))).toBe("not_found");
+    expect(await guest.ask(put("n"))).toBe("ok");
+    expect(readFileSync(join(root.path, "was-mine/n"), "utf8")).toBe("new");
+    expect(readdirSync(join(root.path, "other")).sort()).toEqual(["a", "s"]);
+    expect(guest.received().includes(SECRET)).toBe(false);
+    await expect(enter(it.port, it.tokens.ann)).rejects.toThrow("access denied");
+  });
+
+  test("whose folder is swapped for a link again and again: who gets in sees the folder, 300 times", async () => {
+    using root = makeShared();
+    for (const name of ["a", "b"]) writeFileSync(join(root.path, "other", name), SECRET);
+    await using it = await guard(root.path, { ann: ["write", "mine"] });
+    const swap = Bun.spawn(
+      [
+        process.execPath,
+        "-e",
+        `const { renameSync, symlinkSync, unlinkSync } = require("node:fs");
+         process.chdir(process.argv[1]);
+         for (;;) {
+           renameSync("mine", "hidden");
+           symlinkSync("other", "mine");
+           unlinkSync("mine");
+           renameSync("hidden", "mine");
+         }`,
+        root.path,
+      ],
+      { stdio: ["ignore", "ignore", "inherit"] },
+    );
+    const seen = { in: 0, denied: 0 };
+    for (let round = 0; round < 10; round++) {
+      const visits = Array.from({ length: 30 }, async () => {
+        using guest = await visit(it.port);
+        const requests = [get("a"), list(""), put("n")].map(encodeRequest);
+        guest.socket.write(Buffer.concat([encodeHello({ token: it.tokens.ann }), ...requests]));
+        const codes = await waitFor("answers", () => {
+          const all = guest.answers().filter(({ type }) => ["error", "file", "end", "meta"].includes(type));
+          return all.some((answer) => codeOf(answer) === "denied") || all.length >= 4 ? all.map(codeOf) : undefined;
+        });
+        expect(guest.received().includes(SECRET)).toBe(false);
+        seen[codes.includes("denied") ? "denied" : "in"]++;
+      });
+      await Promise.all(visits);
+    }
+    swap.kill("SIGKILL");
+    await swap.exited;
+    expect(seen.in + seen.denied).toBe(300);
+    // Else there was no race.
+    expect(Math.min(seen.in, seen.denied)).toBeGreaterThan(0);
+    expect(readdirSync(join(root.path, "other")).sort()).toEqual(["a", "b", "s"]);
+  });
+});
+
+const hashOfFile = (path: string) => new Bun.CryptoHasher("sha256").update(readFileSync(path)).digest("hex");
+
+// ---------------------------------------------------------------------------------------------------- one refusal
+
+const FIRST_DELAY_MS = 100;
+const LAST_DELAY_MS = 10_000;
+const FORGET_MS = 600_000;
+const MAX_FAILED_ADDRESSES = 10_000;
+/** A timer of the server may be a little early by the clock here. */
+const CLOCKS_MS = 5;
+
+describe("one refusal for all", () => {
+  test("row 24: the same bytes, not before the first delay, whatever is wrong", async () => {
+    using root = makeRoot({ ...TREE, "gone/x": "", "was/x": "" });
+    const grants: Grants = {
+      read: ["read"],
+      replica: ["replica"],
+      old: ["write", "", PAST],
+      gone: ["write", "gone"],
+      link: ["write", "was"],
+      file: ["write", "f"],
+    };
+    await using it = await guard(root.path, grants);
+    const tokens = it.tokens as Record<string, string>;
+    rmSync(join(root.path, "gone"), { recursive: true });
+    rmSync(join(root.path, "was"), { recursive: true });
+    symlinkSync("r", join(root.path, "was"));
+    const failures: [string, string, Request?][] = [
+      ["unknown", `rprs_${"x".repeat(43)}`],
+      ["short", "x"],
+      ["long", "x".repeat(255)],
+      ["not of ASCII", "\u00fc"],
+      ["none", ""],
+      ...["old", "gone", "link", "file"].map((name): [string, string] => [name, tokens[name]!]),
+      ...Object.entries(WRITING).map(([what, request]): [string, string, Request] => [what, tokens.read!, request]),
+      ["a replica's put", tokens.replica!, put("p")],
+      ["a put of much", tokens.read!, put("p", { content: undefined, size: 1e9, id: UPLOAD_ID })],
+    ];
+    const frames = await Promise.all(
+      failures.map(async ([what, token, request]) => {
+        using guest = request ? await enter(it.port, token) : await visit(it.port);
+        const before = guest.received().length;
+        const startedAt = performance.now();
+        guest.socket.write(request ? encodeRequest(request) : encodeHello({ token }));
+        await waitFor(`${what} is answered`, () => guest.closed());
+        expect(performance.now() - startedAt).toBeGreaterThanOrEqual(FIRST_DELAY_MS - CLOCKS_MS);
+        return { what, frame: guest.received().subarray(before).toString("hex") };
+      }),
+    );
+    const { frame } = frames[0]!;
+    expect(frame.length).toBeGreaterThan(2 * "access denied".length);
+    expect(frames).toEqual(failures.map(([what]) => ({ what, frame })));
+  });
+
+  test("whatever it was before, the next failure of the address waits twice as long", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["read"], old: ["read", "", PAST] });
+    const address = ownAddress();
+    const fail: (() => Promise<unknown>)[] = [
+      () => enter(it.port, "unknown", address),
+      async () => (await enter(it.port, it.tokens.ann, address)).ask(put("p")),
+      () => enter(it.port, "", address),
+      () => enter(it.port, it.tokens.old, address),
+    ];
+    for (const [index, attempt] of fail.entries()) {
+      const startedAt = performance.now();
+      await attempt().catch(() => {});
+      expect(performance.now() - startedAt).toBeGreaterThanOrEqual(FIRST_DELAY_MS * 2 ** index - CLOCKS_MS);
+    }
+    // Who has a token need not wait for what others from there have done.
+    using guest = await enter(it.port, it.tokens.ann, address);
+    expect(await guest.ask(get("f"))).toBe("ok");
+  });
+
+  test("the client says what it needs, with status 4, and does not try again", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["read"] });
+    const runs: [string, string[]][] = [
+      ["", ["cat", "f"]],
+      ["rprs_wrong", ["ls"]],
+      [it.tokens.ann, ["put", join(root.path, "f"), "-t", "p"]],
+      [it.tokens.ann, ["rm", "f"]],
+    ];
+    for (const [token, args] of runs) {
+      const { status, output, errors } = await runClient(it.server.address, args, { env: { REPRISE_TOKEN: token } });
+      expect({ status, output, errors }).toEqual({
+        status: 4,
+        output: "",
+        errors: "error: access denied: this needs a token that allows it (--token-file)\n",
+      });
+    }
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- admission
+
+/** The supervisor's count, and a clock that goes as it is told. */
+function counting(limits: Partial<AdmissionLimits> = {}) {
+  const clock = { now: 0 };
+  const admission = new Admission({ maxConnections: 1e6, maxPerAddress: 0, ...limits }, () => clock.now);
+  let id = 0;
+  const ask = (worker: number, kind: "enter" | "failed", address: string) => {
+    const asked = ++id;
+    const answer = admission.answer(worker, { kind, id: asked, address });
+    expect(answer?.id).toBe(asked);
+    return answer!.reply;
+  };
+  return {
+    admission,
+    clock,
+    enter: (address: string, worker = 1) => ask(worker, "enter", address),
+    failed: (address: string, worker = 1) => ask(worker, "failed", address),
+    leave: (address: string, worker = 1) =>
+      expect(admission.answer(worker, { kind: "leave", address })).toBeUndefined(),
+  };
+}
+
+describe("Admission", () => {
+  test("the wait doubles with each failure up to the last, whichever worker it was", () => {
+    const { failed } = counting();
+    const waits = Array.from({ length: 12 }, (_, index) => failed("192.0.2.1", (index % 3) + 1));
+    expect(waits).toEqual([100, 200, 400, 800, 1600, 3200, 6400, ...Array(5).fill(LAST_DELAY_MS)]);
+    expect(failed("192.0.2.2")).toBe(FIRST_DELAY_MS);
+    for (let count = 0; count < 2_000; count++) failed("192.0.2.1");
+    expect(failed("192.0.2.1")).toBe(LAST_DELAY_MS);
+  });
+
+  test("an address begins anew when it has not failed for ten minutes", () => {
+    const { failed, clock } = counting();
+    for (let count = 0; count < 3; count++) failed("192.0.2.1");
+    clock.now += FORGET_MS - 1;
+    expect(failed("192.0.2.1")).toBe(800);
+    clock.now += FORGET_MS;
+    expect(failed("192.0.2.1")).toBe(FIRST_DELAY_MS);
+    expect(failed("192.0.2.1")).toBe(2 * FIRST_DELAY_MS);
+  });
+
+  test("so many addresses are remembered: the one that has not failed for the longest goes first", () => {
+    const { failed } = counting();
+    const address = (index: number) => `10.${index >> 16}.${(index >> 8) & 255}.${index & 255}`;
+    for (let index = 0; index < MAX_FAILED_ADDRESSES; index++) failed(address(index));
+    expect(failed(address(0))).toBe(2 * FIRST_DELAY_MS);
+    failed("192.0.2.1");
+    expect(failed(address(1))).toBe(FIRST_DELAY_MS);
+    expect(failed(address(0))).toBe(4 * FIRST_DELAY_MS);
+    expect(failed(address(MAX_FAILED_ADDRESSES - 1))).toBe(2 * FIRST_DELAY_MS);
+  });
+
+  const same: [string, string, boolean][] = [
+    ["2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff", true],
+    ["2001:db8:1:2:3:4:5:6", "2001:db8:1:2::", true],
+    ["2001:db8:1:2::1", "2001:db8:1:3::1", false],
+    ["2001:db8::1", "2001:db8:0:0:9::1", true],
+    ["2001:db8::1", "2001:db8:0:1::1", false],
+    ["::1", "::2", true],
+    ["::1", "1::", false],
+    ["fe80::1%eth0", "fe80::2%eth0", true],
+    ["192.0.2.1", "::ffff:192.0.2.1", true],
+    ["192.0.2.1", "::FFFF:192.0.2.1", true],
+    ["::ffff:192.0.2.1", "::ffff:192.0.2.2", false],
+    ["192.0.2.1", "192.0.2.2", false],
+    ["::ffff:192.0.2.1", "::1", false],
+  ];
+  test.each(same)("%s and %s count as one: %p", (one, other, isSame) => {
+    const { enter, leave, failed } = counting({ maxPerAddress: 1 });
+    expect(enter(one)).toBe("welcome");
+    expect(enter(other)).toBe(isSame ? "full_for_address" : "welcome");
+    leave(isSame ? other : one);
+    expect(enter(one)).toBe("welcome");
+    failed(one);
+    expect(failed(other)).toBe(isSame ? 2 * FIRST_DELAY_MS : FIRST_DELAY_MS);
+  });
+
+  test("counts exactly, over workers and addresses, against a count of our own (20,000 steps)", () => {
+    const limits = { maxConnections: 40, maxPerAddress: 7 };
+    const { admission, enter, leave } = counting(limits);
+    const addresses = Array.from({ length: 10 }, (_, index) => `192.0.2.${index}`);
+    let held: { worker: number; address: string }[] = [];
+    let state = 7;
+    const random = (below: number) => {
+      state = (Math.imul(state, 1_103_515_245) + 12_345) >>> 0;
+      return Math.floor((state / 2 ** 32) * below);
+    };
+    const seen = new Map<unknown, number>();
+    for (let step = 0; step < 20_000; step++) {
+      const address = addresses[random(10)]!;
+      const worker = random(4);
+      const choice = random(100);
+      if (choice < 60) {
+        const full = held.length >= limits.maxConnections && "full";
+        const mine = held.filter((one) => one.address === address).length;
+        const expected = mine >= limits.maxPerAddress ? "full_for_address" : full || "welcome";
+        expect(enter(address, worker)).toBe(expected);
+        seen.set(expected, (seen.get(expected) ?? 0) + 1);
+        if (expected === "welcome") held.push({ worker, address });
+      } else if (choice < 99 && held.length > 0) {
+        const [one] = held.splice(random(held.length), 1);
+        leave(one!.address, one!.worker);
+      } else {
+        admission.forget(worker);
+        held = held.filter((one) => one.worker !== worker);
+      }
+    }
+    expect(seen.size).toBe(3);
+    expect(Math.min(...seen.values())).toBeGreaterThan(20);
+  });
+
+  test("what a worker held that died is free again, what the others hold is not", () => {
+    const { admission, enter } = counting({ maxConnections: 4, maxPerAddress: 3 });
+    for (const [address, worker] of [
+      ["192.0.2.1", 1],
+      ["192.0.2.1", 1],
+      ["192.0.2.1", 2],
+      ["192.0.2.2", 2],
+    ] as const)
+      expect(enter(address, worker)).toBe("welcome");
+    expect(enter("192.0.2.3", 2)).toBe("full");
+    admission.forget(1);
+    admission.forget(1);
+    admission.forget(3);
+    expect(["192.0.2.1", "192.0.2.1", "192.0.2.1"].map((address) => enter(address, 1))).toEqual([
+      "welcome",
+      "welcome",
+      "full_for_address",
+    ]);
+    expect(enter("192.0.2.3", 1)).toBe("full");
+  });
+});
+
+test("Gate gives each its own answer, in whatever order they come", async () => {
+  const asked: Question[] = [];
+  const gate = new Gate((question) => void asked.push(question));
+  const [first, second, third] = [gate.enter("a"), gate.failed("b"), gate.enter("c")];
+  gate.leave("d");
+  expect(asked.map(({ kind, address }) => `${kind} ${address}`)).toEqual(["enter a", "failed b", "enter c", "leave d"]);
+  const reply = (index: number, reply: Reply["reply"]) =>
+    gate.onReply({ id: (asked[index] as { id: number }).id, reply });
+  reply(2, "full");
+  reply(0, "welcome");
+  reply(1, 400);
+  reply(1, 800);
+  expect(await Promise.all([first, second, third])).toEqual(["welcome", 400, "full"]);
+});
