@@ -1,5 +1,5 @@
 /** Who may do what: tokens, one refusal for all, what the client does with its token, counts, slow peers, the log. */
-import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import {
   chmodSync,
   existsSync,
@@ -19,6 +19,7 @@ import {
   decodeAnswer,
   encodeEnd,
   encodeHello,
+  encodeRedirect,
   encodeRequest,
   FrameDecoder,
   MAX_ANSWER_BYTES,
@@ -32,6 +33,7 @@ import {
   HOME,
   type LogLine,
   makeRoot,
+  randomBytes,
   runClient,
   type Server,
   type ServerOptions,
@@ -380,7 +382,10 @@ const codeOf = (answer: Answer | undefined) => (answer?.type === "error" ? answe
 async function enter(port: number, token = "", address?: string): Promise<Guest> {
   const guest = await visit(port, address);
   guest.socket.write(encodeHello({ token }));
-  const answer = await waitFor("a welcome or an error", () => guest.answers()[0] ?? (guest.closed() ? "closed" : ""));
+  const answer = await waitFor(
+    "a welcome or an error",
+    () => guest.answers()[0] ?? (guest.closed() ? ("closed" as const) : undefined),
+  );
   if (answer === "closed") throw new RepriseError("lost");
   if (answer.type === "error") throw answer.error;
   return guest;
@@ -1018,4 +1023,339 @@ test("Gate gives each its own answer, in whatever order they come", async () => 
   reply(1, 400);
   reply(1, 800);
   expect(await Promise.all([first, second, third])).toEqual(["welcome", 400, "full"]);
+});
+
+// ---------------------------------------------------------------------------------------------------- client
+
+/** Takes connections and answers nothing, or a REDIRECT; it remembers what came. */
+function startRecorder(): { port: number; opened: number; bytes: number } & Disposable {
+  const recorder = { port: 0, opened: 0, bytes: 0 };
+  const listener = Bun.listen({
+    hostname: "127.0.0.1",
+    port: 0,
+    socket: {
+      open: () => void recorder.opened++,
+      data: (_, bytes) => {
+        recorder.bytes += bytes.length;
+      },
+    },
+  });
+  recorder.port = listener.port;
+  return Object.assign(recorder, { [Symbol.dispose]: () => listener.stop(true) });
+}
+
+/** Where this machine has another address than loopback ones: a network of its own. */
+const ELSEWHERE = "192.0.2.1";
+const NETWORK = `ip link set lo up && ip addr add ${ELSEWHERE}/32 dev lo && echo ready && exec cat`;
+interface Network {
+  /** Runs a program in it. */
+  runBy: string[];
+  stop(): void;
+}
+
+async function startNetwork(): Promise<Network | undefined> {
+  if (!["unshare", "nsenter", "ip"].every((tool) => Bun.which(tool))) return undefined;
+  const child = Bun.spawn(["unshare", "-r", "-n", "sh", "-c", NETWORK], { stdio: ["pipe", "pipe", "ignore"] });
+  const { value } = await child.stdout.getReader().read();
+  if (!value || new TextDecoder().decode(value) !== "ready\n") return undefined;
+  const runBy = ["nsenter", "--preserve-credentials", "-U", "-n", "-t", String(child.pid)];
+  return { runBy, stop: () => void child.stdin.end() };
+}
+
+const network = await startNetwork();
+afterAll(() => network?.stop());
+if (!network) console.warn("Skipped: other addresses than loopback need unshare, nsenter, ip and user namespaces");
+
+/** A recorder in that network: at `ELSEWHERE`, or on loopback with a REDIRECT to there. Its lines say what came. */
+const RECORDER = `
+  const { encodeRedirect } = await import(process.argv[1]);
+  const listen = (hostname, answer) => Bun.listen({ hostname, port: 0, socket: {
+    open: (socket) => console.log("open", hostname),
+    data(socket, bytes) { console.log("data", hostname, bytes.length); if (answer) socket.write(answer); },
+    close: () => console.log("close", hostname),
+  } });
+  const { port } = listen(process.argv[2]);
+  console.log("ports", port, listen("127.0.0.1", encodeRedirect(process.argv[2], port)).port);
+`;
+
+async function startRecorderElsewhere() {
+  const cmd = [...network!.runBy, process.execPath, "-e", RECORDER, join(HOME, "protocol.ts"), ELSEWHERE];
+  const child = Bun.spawn(cmd, { stdio: ["ignore", "pipe", "inherit"] });
+  let text = "";
+  const reading = (async () => {
+    for await (const bytes of child.stdout) text += new TextDecoder().decode(bytes);
+  })();
+  const ports = await waitFor("the recorder listens", () => /^ports (\d+) (\d+)$/m.exec(text));
+  return {
+    elsewhere: `${ELSEWHERE}:${ports[1]}`,
+    redirecting: `127.0.0.1:${ports[2]}`,
+    lines: () => text.split("\n").filter((line) => line.includes(ELSEWHERE)),
+    async [Symbol.asyncDispose]() {
+      child.kill();
+      await reading;
+    },
+  };
+}
+
+const hasIPv6 = existsSync("/proc/net/if_inet6") && readFileSync("/proc/net/if_inet6", "utf8").includes(" lo");
+if (!hasIPv6) console.warn("Skipped: the test of ::1, which this machine does not have");
+
+describe("the client's token", () => {
+  test("from REPRISE_TOKEN, or from --token-file, which goes before it: a file, a pipe", async () => {
+    using root = makeRoot(TREE);
+    using file = tokenFile();
+    await using it = await guard(root.path, { ann: ["read"] });
+    const { address } = it.server;
+    const cat = (env: Record<string, string>, ...args: string[]) => runClient(address, ["cat", "f", ...args], { env });
+    expect((await cat({ REPRISE_TOKEN: it.tokens.ann })).output).toBe("content");
+    expect((await cat({ REPRISE_TOKEN: ` ${it.tokens.ann}\n` })).output).toBe("content");
+    for (const mode of [0o600, 0o400]) {
+      writeFileSync(file.path, `${it.tokens.ann}\n`);
+      chmodSync(file.path, mode);
+      expect((await cat({ REPRISE_TOKEN: "another" }, "--token-file", file.path)).output).toBe("content");
+      rmSync(file.path);
+    }
+    const runBy = ["bash", "-c", 'exec "$@" --token-file <(echo "$T")', "bash"];
+    expect((await runClient(address, ["cat", "f"], { runBy, env: { T: it.tokens.ann } })).output).toBe("content");
+    expect((await cat({ REPRISE_TOKEN: "" })).status).toBe(4);
+  });
+
+  test.each([0o640, 0o604, 0o644, 0o660, 0o602, 0o777])(
+    "a file of mode %o is refused with status 4, and nothing is sent",
+    async (mode) => {
+      using file = tokenFile();
+      using recorder = startRecorder();
+      writeFileSync(file.path, "rprs_the-token");
+      chmodSync(file.path, mode);
+      const args = ["cat", "f", "--token-file", file.path];
+      const { status, output, errors } = await runClient(`127.0.0.1:${recorder.port}`, args);
+      expect({ status, output }).toEqual({ status: 4, output: "" });
+      expect(errors).toBe(
+        `error: the token in "${file.path}" can be read by others; chmod 600 it, or make a new one\n`,
+      );
+      expect(recorder.opened).toBe(0);
+    },
+  );
+
+  const contents: [string, string | Uint8Array | undefined, number, string][] = [
+    ["that is not there", undefined, 7, "cannot be read: ENOENT"],
+    ["that is empty", "", 2, "holds no access token"],
+    ["of blanks", " \n\n", 2, "holds no access token"],
+    ["of two lines", "rprs_one\nrprs_two\n", 2, "holds no access token"],
+    ["of binary", randomBytes(100), 2, "holds no access token"],
+    ["of 256 bytes", "x".repeat(256), 2, "holds no access token"],
+    ["of a megabyte", "x".repeat(1_000_000), 2, "holds no access token"],
+    ["of other letters", "rprs_\u00fc", 2, "holds no access token"],
+  ];
+  test.each(contents)("a file %s: said, nothing of it, and nothing is sent", async (_, content, status, text) => {
+    using file = tokenFile();
+    using recorder = startRecorder();
+    if (content !== undefined) writeFileSync(file.path, content, { mode: 0o600 });
+    const run = await runClient(`127.0.0.1:${recorder.port}`, ["cat", "f", "--token-file", file.path]);
+    expect(run).toMatchObject({ status, output: "" });
+    expect(run.errors).toContain(text);
+    expect(run.errors.trim().split("\n").length).toBe(1);
+    if (content?.length) expect(run.errors).not.toContain(String(content).trim() || "nothing");
+    expect(recorder.opened).toBe(0);
+  });
+
+  test("a folder for a file, and a REPRISE_TOKEN that is none: said, nothing of it, and nothing is sent", async () => {
+    using folder = temporaryFolder();
+    using recorder = startRecorder();
+    const server = `127.0.0.1:${recorder.port}`;
+    const asFile = await runClient(server, ["cat", "f", "--token-file", folder.path]);
+    expect(asFile).toMatchObject({ status: 7 });
+    expect(asFile.errors).toContain("cannot be read: EISDIR");
+    for (const REPRISE_TOKEN of ["rprs_a b", "x".repeat(256), "rprs_\u00fc"]) {
+      const run = await runClient(server, ["cat", "f"], { env: { REPRISE_TOKEN } });
+      expect(run).toMatchObject({ status: 2, output: "" });
+      expect(run.errors).toContain("REPRISE_TOKEN holds no access token");
+      expect(run.errors).not.toContain(REPRISE_TOKEN);
+    }
+    expect(recorder.opened).toBe(0);
+  });
+
+  test("a token of 255 bytes is sent as it is", async () => {
+    using root = makeRoot({});
+    await using it = await guard(root.path, {});
+    expect((await runClient(it.server.address, ["ls"], { env: { REPRISE_TOKEN: "x".repeat(255) } })).status).toBe(4);
+  });
+
+  test("is in no output, help, resume log, server's log, or command line", async () => {
+    using root = makeRoot({ "ann/f": "content" });
+    using local = temporaryFolder();
+    writeLargeFile(join(root.path, "ann/big"), 24 << 20);
+    writeLargeFile(join(local.path, "up"), 24 << 20, 2);
+    await using it = await guard(root.path, { ann: ["write", "ann"] });
+    const env = { REPRISE_TOKEN: it.tokens.ann };
+    const seen: string[] = [];
+    const run = async (args: string[], stdin?: string) => {
+      const { output, errors } = await runClient(it.server.address, args, {
+        env,
+        cwd: local.path,
+        ...(stdin && { stdin }),
+      });
+      seen.push(output, errors);
+    };
+    for (const args of [["--help"], ["get", "--help"], ["completion", "bash"], ["status", "--json"], ["ls", "-l"]])
+      await run(args);
+    for (const args of [
+      ["cat", "f"],
+      ["get", "none"],
+      ["get", "f", "--json"],
+      ["put", "none"],
+      ["rm", "../x"],
+    ])
+      await run(args);
+    await run([], "ls\nstatus\nget none\n");
+    // What is left of transfers that were killed.
+    const here = join(local.path, "here");
+    let limit = 8 << 20;
+    const cut = (bytes: Uint8Array, at: number) => bytes.subarray(0, Math.max(0, limit - at));
+    using proxy = startProxy({ target: it.port, toServer: cut, toClient: cut });
+    for (const args of [
+      ["get", "big"],
+      ["put", "up"],
+    ]) {
+      const child = spawnClient(proxy.address, [...args, "-d", "here"], { env, cwd: local.path });
+      const logs = () => (existsSync(here) ? readdirSync(here) : []).filter((name) => name.endsWith(".resume.json"));
+      const isWritten = (name: string) => readFileSync(join(here, name), "utf8").includes(`"command":"${args[0]}"`);
+      await waitFor("it has a log", () => logs().some(isWritten));
+      seen.push(readFileSync(`/proc/${child.pid}/cmdline`, "utf8"));
+      child.kill("SIGKILL");
+      seen.push(await new Response(child.stderr).text());
+      await child.exited;
+    }
+    for (const name of readdirSync(here).filter((name) => name.includes(".resume.json")))
+      seen.push(readFileSync(join(here, name), "utf8"));
+    expect(seen.filter((text) => text.includes('"command"')).length).toBeGreaterThanOrEqual(2);
+    limit = Number.POSITIVE_INFINITY;
+    await run(["resume", "-d", "here", "--server", proxy.address]);
+    expect(hashOfFile(join(local.path, "here/big"))).toBe(hashOfFile(join(root.path, "ann/big")));
+    expect(it.server.log.filter(({ event }) => event === "close" || event === "put").length).toBeGreaterThan(0);
+    for (const pid of [it.server.process.pid, ...it.server.workers()])
+      seen.push(readFileSync(`/proc/${pid}/cmdline`, "utf8"));
+    seen.push(it.server.stderr(), readFileSync(it.file, "utf8"));
+    for (const text of seen) expect(text).not.toContain(it.tokens.ann.slice(5));
+    expect(new Set(it.server.log.map(({ token }) => token))).toContain("ann");
+  });
+
+  test("is sent over loopback by any of its names", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["read"] });
+    const env = { REPRISE_TOKEN: it.tokens.ann };
+    for (const host of ["127.0.0.1", "localhost", "127.0.0.1"].concat(hasIPv6 ? ["[::ffff:127.0.0.1]"] : []))
+      expect((await runClient(`tcp://${host}:${it.port}`, ["cat", "f"], { env })).output).toBe("content");
+  });
+
+  test.skipIf(!hasIPv6)("is sent to ::1", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["read"] }, { args: ["--host", "::1"] });
+    const env = { REPRISE_TOKEN: it.tokens.ann };
+    expect((await runClient(`[::1]:${it.port}`, ["cat", "f"], { env })).output).toBe("content");
+    expect((await runClient(`localhost:${it.port}`, ["cat", "f"], { env })).output).toBe("content");
+  });
+
+  test.skipIf(!network)("is not sent in clear to another address: not one byte, status 4", async () => {
+    await using recorder = await startRecorderElsewhere();
+    const { runBy } = network!;
+    const { elsewhere } = recorder;
+    for (const args of [["cat", "f"], ["put", "/etc/hostname"], ["get", "f", "--segments", "4"], ["ls"]]) {
+      const run = await runClient(elsewhere, args, { runBy, env: { REPRISE_TOKEN: "rprs_the-token" } });
+      expect(run).toMatchObject({ status: 4, output: "" });
+      expect(run.errors).toBe(
+        `error: ${elsewhere}: no token is sent in clear to another machine; use tls://${elsewhere}\n`,
+      );
+    }
+    expect(recorder.lines().filter((line) => line.startsWith("data"))).toEqual([]);
+    // That something would have come, without one.
+    await runClient(elsewhere, ["ls", "--timeout", "0.2", "--retries", "0"], { runBy });
+    await waitFor("it comes", () => recorder.lines().some((line) => line.startsWith("data")));
+  });
+
+  test.skipIf(!network)("does not follow a REDIRECT there", async () => {
+    await using recorder = await startRecorderElsewhere();
+    const { runBy } = network!;
+    const args = ["ls", "--timeout", "0.2", "--retries", "0"];
+    const run = await runClient(recorder.redirecting, args, { runBy, env: { REPRISE_TOKEN: "rprs_the-token" } });
+    expect(run).toMatchObject({ status: 4, output: "" });
+    expect(run.errors).toContain(`${recorder.elsewhere}: no token is sent in clear to another machine`);
+    expect(recorder.lines().filter((line) => line.startsWith("data"))).toEqual([]);
+    await runClient(recorder.redirecting, args, { runBy });
+    await waitFor("without one it is followed", () => recorder.lines().some((line) => line.startsWith("data")));
+  });
+
+  test("follows a REDIRECT on this machine", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["read"] });
+    const listener = Bun.listen({
+      hostname: "127.0.0.1",
+      port: 0,
+      socket: { data: (socket) => void socket.write(encodeRedirect("127.0.0.1", it.port)) },
+    });
+    const run = await runClient(`127.0.0.1:${listener.port}`, ["cat", "f"], { env: { REPRISE_TOKEN: it.tokens.ann } });
+    listener.stop(true);
+    expect(run).toMatchObject({ status: 0, output: "content" });
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- anonymous
+
+describe("without tokens", () => {
+  test("this machine may write with --writable, and a token that nobody needs harms nothing", async () => {
+    using root = makeRoot(TREE);
+    await using server = await startServer(root.path, { args: ["--writable"] });
+    for (const request of Object.values(WRITING)) {
+      using guest = await enter(server.port, "rprs_whatever");
+      expect(await guest.ask(request)).toBe("ok");
+    }
+  });
+
+  test.skipIf(!network)("others may read, and write only with --anonymous-write", async () => {
+    using root = makeRoot(TREE);
+    const { runBy } = network!;
+    const refusal = "without a token only this machine may change files; --tokens or --anonymous-write opens it";
+    for (const [args, status, errors] of [
+      [["--writable"], 4, `error: refused: ${refusal}\n`],
+      [[], 4, "error: refused: the server is read-only; started with --writable it takes changes\n"],
+      [["--writable", "--anonymous-write"], 0, ""],
+    ] as const) {
+      await using server = await startServer(root.path, { runBy, args: ["--host", "0.0.0.0", ...args] });
+      const at = (host: string, ...words: string[]) => runClient(`${host}:${server.port}`, words, { runBy });
+      expect((await at(ELSEWHERE, "cat", "f")).output).toBe("content");
+      for (const words of [
+        ["put", join(HOME, "LICENSE"), "-t", "new"],
+        ["mv", "new", "newer"],
+        ["mkdir", "made"],
+        ["rm", "newer"],
+        ["rm", "-r", "made"],
+      ])
+        expect(await at(ELSEWHERE, ...words)).toMatchObject({ status, errors });
+      expect(treeOf(root.path).map((line) => line.split(" ")[0])).toEqual(["f", "m", "r", "r/x"]);
+      const here = await at("127.0.0.1", "put", join(HOME, "LICENSE"), "-t", "f");
+      expect(here.status).toBe(args[0] === "--writable" ? 0 : 4);
+      writeFileSync(join(root.path, "f"), "content");
+    }
+  });
+
+  const conflicts: [string[], string][] = [
+    [["--anonymous-write"], "--anonymous-write needs --writable"],
+    [["--writable", "--anonymous-write", "--tokens", "t"], "--anonymous-write and --tokens exclude each other"],
+    [["--tokens"], "--tokens needs a value"],
+    [["--max-per-address", "-1"], "--max-per-address"],
+    [["--max-per-address", "many"], "--max-per-address takes a whole number from 0"],
+    [["--max-connections", "0"], "--max-connections takes a whole number from 1"],
+    [["--min-rate", "slow"], "--min-rate takes a size"],
+    [["--idle-timeout", "0"], "--idle-timeout takes seconds"],
+  ];
+  test.each(conflicts)("%j is refused with status 2", async (args, text) => {
+    const child = Bun.spawn([process.execPath, join(HOME, "server.ts"), ...args], {
+      cwd: HOME,
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    const errors = await new Response(child.stderr).text();
+    expect(errors).toContain(text);
+    expect(errors.trim().split("\n").length).toBe(1);
+    expect(await child.exited).toBe(2);
+  });
 });
