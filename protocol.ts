@@ -675,7 +675,7 @@ export function decodeHello(frame: Frame): Hello {
   const version = reader.u16();
   // A later version may add fields: only ours is held to its exact layout.
   if (version !== PROTOCOL_VERSION) return { version, flags: 0, token: "" };
-  const hello = { version, flags: reader.u32(), token: reader.str() };
+  const hello = { version, flags: reader.u32(), token: reader.str(MAX_TOKEN_BYTES) };
   reader.end();
   return hello;
 }
