@@ -70,7 +70,6 @@ export class Connection {
   readonly #minRate: number;
   /** Every wait for the peer ends after this long without a byte. */
   timeoutMs: number;
-  readonly #promptFrames: boolean;
   /** Who gives memory for large frames expects them. */
   readonly #direct: boolean;
   readonly #directWaitMs: number;
@@ -104,8 +103,10 @@ export class Connection {
   /** Since the peer was last found to be fast enough: how long it was waited for, and what `#moved` was then. */
   #waitedMs = 0;
   #movedBefore = 0;
-  /** More must come from the peer, also between two frames: it is in the middle of something. */
+  /** More must come from the peer, also between two frames: it is in the middle of something. What we say is no excuse. */
   owes = false;
+  /** Each frame must have come whole within `timeoutMs`. */
+  promptFrames: boolean;
   /** Called when `next()` has used up what came, before it waits for more: the moment for what was put off. */
   beforeWait: (() => Promise<void>) | undefined;
 
@@ -114,7 +115,7 @@ export class Connection {
     this.peer = socket.remoteAddress ?? "";
     this.#decoder = new FrameDecoder(options);
     this.timeoutMs = options.timeoutMs;
-    this.#promptFrames = options.promptFrames ?? false;
+    this.promptFrames = options.promptFrames ?? false;
     this.#minRate = options.minRate ?? 0;
     this.#encrypted = options.encrypted ?? false;
     this.#direct = options.pool !== undefined && !this.#encrypted;
@@ -140,7 +141,7 @@ export class Connection {
 
   /** The next frame, or undefined when the peer has ended the stream between two frames. Throws `lost`, `bad_frame`. */
   async next(): Promise<Frame | undefined> {
-    const startedAt = this.#promptFrames ? performance.now() : undefined;
+    const startedAt = this.promptFrames ? performance.now() : undefined;
     for (;;) {
       if (this.#failure) throw this.#failure;
       const frame = this.#decoder.next();
@@ -336,7 +337,8 @@ export class Connection {
     if (this.#chunks.length > 0 || this.#ended || this.#failure) return;
     this.#unpause();
     const owes = this.owes || !this.#decoder.atBoundary;
-    await this.#wait(this.#readable, () => Math.max(startedAt, this.#wroteAt), owes);
+    const base = this.owes ? () => startedAt : () => Math.max(startedAt, this.#wroteAt);
+    await this.#wait(this.#readable, base, owes);
   }
 
   /** Not awaited: the peer may have to be read before it reads. One that never does fails the connection. */

@@ -398,6 +398,8 @@ export class Session {
     if (this.#ended) return;
     this.#connection.maxLength = MAX_CONTENT_BYTES;
     this.#connection.owes = true;
+    // Of one as large as that, on a slow line, the next byte is as much as can be asked for.
+    this.#connection.promptFrames = false;
   }
 
   /** An upload up to its END. Throws in the middle of it what makes the rest useless. */
@@ -459,6 +461,7 @@ export class Session {
       this.#ended = true;
       this.#connection.maxLength = MAX_REQUEST_BYTES;
       this.#connection.owes = false;
+      this.#connection.promptFrames = true;
     }
     return content;
   }
