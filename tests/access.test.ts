@@ -17,12 +17,16 @@ import { Admission, type AdmissionLimits, Gate, type Question, type Reply } from
 import {
   type Answer,
   decodeAnswer,
+  encodeDataHeader,
   encodeEnd,
   encodeHello,
   encodeRedirect,
   encodeRequest,
   FrameDecoder,
   MAX_ANSWER_BYTES,
+  MAX_HELLO_BYTES,
+  MAX_REQUEST_BYTES,
+  MAX_WHOLE_BYTES,
   type Put,
   RepriseError,
   type Request,
@@ -31,6 +35,7 @@ import {
 import { type Access, addToken, readTokens, removeToken, Tokens } from "../tokens.ts";
 import {
   HOME,
+  isAlive,
   type LogLine,
   makeRoot,
   randomBytes,
@@ -1357,5 +1362,501 @@ describe("without tokens", () => {
     expect(errors).toContain(text);
     expect(errors.trim().split("\n").length).toBe(1);
     expect(await child.exited).toBe(2);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- counts
+
+/** Says HELLO, and whether that was welcome. */
+async function knock(port: number, address?: string): Promise<{ guest: Guest; verdict: string }> {
+  const guest = await visit(port, address);
+  guest.socket.write(encodeHello());
+  const first = await waitFor(
+    "a verdict",
+    () => guest.answers()[0] ?? (guest.closed() ? ("lost" as const) : undefined),
+  );
+  return { guest, verdict: first === "lost" ? "lost" : first.type === "error" ? first.error.code : first.type };
+}
+
+/** Many at the same time; who is not welcome goes. */
+async function knockAll(port: number, count: number, address?: string) {
+  const all = await Promise.all(Array.from({ length: count }, () => knock(port, address)));
+  for (const { guest, verdict } of all) if (verdict !== "welcome") guest[Symbol.dispose]();
+  const welcome = all.filter(({ verdict }) => verdict === "welcome").map(({ guest }) => guest);
+  return { welcome, others: new Set(all.map(({ verdict }) => verdict).filter((verdict) => verdict !== "welcome")) };
+}
+
+/** As many as get in, tried again until there are `count`: a place is free a moment after its holder has gone. */
+async function fill(port: number, held: Guest[], count: number, address?: string): Promise<void> {
+  await waitFor(`${count} are in`, async () => {
+    held.push(...(await knockAll(port, Math.max(1, count - held.length), address)).welcome);
+    return held.length >= count;
+  });
+  expect(held.length).toBe(count);
+}
+
+describe("counts over all workers", () => {
+  test.each([2, 4])("--max-connections is exact over %d workers, 10 rounds", async (workers) => {
+    using root = makeRoot(TREE);
+    const most = 24;
+    const args = ["--workers", String(workers), "--max-connections", String(most)];
+    await using server = await startServer(root.path, { args });
+    const { port } = server;
+    const first = await knockAll(port, most + 16);
+    expect({ welcome: first.welcome.length, others: [...first.others] }).toEqual({ welcome: most, others: ["busy"] });
+    let held = first.welcome;
+    for (let round = 0; round < 10; round++) {
+      const going = held.splice(0, 5 + round);
+      for (const [index, guest] of going.entries()) {
+        if (index % 2 === 0) guest.socket.destroy();
+        else guest.socket.end(encodeRequest({ action: "quit" }));
+      }
+      await fill(port, held, most);
+      const more = await knockAll(port, 8);
+      expect({ round, welcome: more.welcome.length, others: [...more.others] }).toEqual({
+        round,
+        welcome: 0,
+        others: ["busy"],
+      });
+    }
+    for (const guest of held) expect(await guest.ask(stat("f"))).toBe("ok");
+    held = [];
+  });
+
+  test.each([2, 4])("kill -9 of one of %d workers frees its share and nothing else, 5 rounds", async (workers) => {
+    using root = makeRoot(TREE);
+    const most = 16;
+    const args = ["--workers", String(workers), "--max-connections", String(most)];
+    await using server = await startServer(root.path, { args });
+    const { port } = server;
+    let held: Guest[] = [];
+    await fill(port, held, most);
+    for (let round = 0; round < 5; round++) {
+      const victim = server.workers()[round % workers]!;
+      process.kill(victim, "SIGKILL");
+      await waitFor("it is gone", () => !isAlive(victim));
+      await waitFor("another is there", () => server.workers().length === workers);
+      // Of those that the worker had, not one is left; the others are as they were.
+      const codes = await Promise.all(held.map((guest) => guest.ask(stat("f"))));
+      await waitFor("who was cut knows", () => held.every((guest, index) => codes[index] === "ok" || guest.closed()));
+      held = held.filter((guest) => !guest.closed());
+      await fill(port, held, most);
+      const more = await knockAll(port, 8);
+      expect({ round, welcome: more.welcome.length }).toEqual({ round, welcome: 0 });
+    }
+    for (const guest of held) guest[Symbol.dispose]();
+  });
+
+  test("--max-per-address is exact for each, also with --max-connections below the sum", async () => {
+    using root = makeRoot(TREE);
+    const args = ["--workers", "3", "--max-per-address", "5", "--max-connections", "12"];
+    await using server = await startServer(root.path, { args });
+    const { port } = server;
+    const [ann, ben, cem] = [ownAddress(), ownAddress(), ownAddress()];
+    const [ofAnn, ofBen] = await Promise.all([knockAll(port, 15, ann), knockAll(port, 15, ben)]);
+    expect([ofAnn!.welcome.length, ofBen!.welcome.length]).toEqual([5, 5]);
+    const { guest: told } = await knock(port, ann);
+    expect(String((told.answers()[0] as { error: Error }).error.message)).toBe(
+      "too many connections from your address",
+    );
+    const ofCem = await knockAll(port, 15, cem);
+    expect(ofCem.welcome.length).toBe(2);
+    const { guest } = await knock(port, cem);
+    expect(String((guest.answers()[0] as { error: Error }).error.message)).toBe("too many connections");
+    for (const guest of ofAnn!.welcome.splice(0, 3)) guest[Symbol.dispose]();
+    await fill(port, ofCem.welcome, 5, cem);
+    expect((await knockAll(port, 3, cem)).welcome.length).toBe(0);
+    expect((await knockAll(port, 3, ann)).welcome.length).toBe(0);
+  });
+
+  test("a place is held from the first byte on: who has not said HELLO counts as well", async () => {
+    using root = makeRoot(TREE);
+    await using server = await startServer(root.path, { args: ["--max-connections", "3"] });
+    using one = await visit(server.port);
+    using two = await visit(server.port);
+    using three = await visit(server.port);
+    await waitFor("nobody else gets in", async () => {
+      const { guest, verdict } = await knock(server.port);
+      guest[Symbol.dispose]();
+      return verdict === "busy";
+    });
+    for (const guest of [one, two, three]) {
+      guest.socket.write(encodeHello());
+      await waitFor("a welcome", () => guest.answers()[0]?.type === "welcome");
+    }
+  });
+
+  test("clients that are turned away come back and get in", async () => {
+    using root = makeRoot({ f: "content" });
+    await using server = await startServer(root.path, { args: ["--max-per-address", "1"] });
+    const runs = await Promise.all(Array.from({ length: 5 }, () => runClient(server.address, ["cat", "f"])));
+    expect(runs.map(({ status, output }) => `${status} ${output}`)).toEqual(Array(5).fill("0 content"));
+  });
+
+  test("a folder over as many connections as the address may have", async () => {
+    using root = makeRoot({ "d/a": "1", "d/b": "2", "d/c": "3" });
+    using local = temporaryFolder();
+    await using server = await startServer(root.path, { args: ["--max-per-address", "3"] });
+    const args = ["get", "-r", "d", "--jobs", "2", "-d", local.path];
+    expect(await runClient(server.address, args)).toMatchObject({ status: 0 });
+    expect(treeOf(join(local.path, "d"))).toEqual(treeOf(join(root.path, "d")));
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- slow peers
+
+/** Sends `bytes` in pieces of `size`, one each `ms`, until all are gone or the connection is; resolves with the count. */
+async function dribble(guest: Guest, bytes: Uint8Array, size: number, ms: number): Promise<number> {
+  let at = 0;
+  for (; at < bytes.length && !guest.closed(); at += size) {
+    guest.socket.write(bytes.subarray(at, at + size));
+    await Bun.sleep(ms);
+  }
+  return at;
+}
+
+/** Reads what comes a piece at a time, with a pause after each, until the connection ends; resolves with the bytes. */
+async function sip(port: number, request: Request, ms: number): Promise<number> {
+  const socket = connect({ host: "127.0.0.1", port, localAddress: ownAddress() });
+  let bytes = 0;
+  let isClosed = false;
+  socket.on("error", () => {});
+  socket.on("close", () => {
+    isClosed = true;
+  });
+  socket.on("data", (piece: Buffer) => {
+    bytes += piece.length;
+    socket.pause();
+    setTimeout(() => socket.resume(), ms);
+  });
+  socket.write(Buffer.concat([encodeHello(), encodeRequest(request), encodeRequest({ action: "quit" })]));
+  await waitFor("the end", () => isClosed);
+  return bytes;
+}
+
+const SLOW = ["--idle-timeout", "0.5", "--min-rate", "10000", "--writable"];
+const dataFrame = (content: Uint8Array) =>
+  Buffer.concat([encodeDataHeader(content.length, Bun.hash.crc32(content)), content]);
+const dataFrames = (content: Uint8Array, each: number) =>
+  Array.from({ length: Math.ceil(content.length / each) }, (_, index) =>
+    dataFrame(content.subarray(index * each, (index + 1) * each)),
+  );
+
+/** How the server says goodbye to a peer, and logs it. */
+async function expectIdle(server: Server, guest: Guest, event = "close"): Promise<void> {
+  await waitFor("it is closed", () => guest.closed());
+  expect(codeOf(guest.answers().at(-1))).toBe("idle");
+  await waitFor("it is logged", () =>
+    server.log.some((line) => line.peer === guest.address && line.event === event && line.status === "idle"),
+  );
+}
+
+describe("slow peers", () => {
+  test("a HELLO, a request, or nothing but a byte now and then: closed and logged", async () => {
+    using root = makeRoot(TREE);
+    await using server = await startServer(root.path, { args: SLOW });
+    using hello = await visit(server.port);
+    using request = await enter(server.port);
+    using silent = await enter(server.port);
+    using mute = await visit(server.port);
+    const long = get("x".repeat(200));
+    await Promise.all([
+      dribble(hello, encodeHello({ token: "x".repeat(200) }), 1, 50),
+      dribble(request, encodeRequest(long), 1, 50),
+      ...[hello, request, silent, mute].map((guest) => expectIdle(server, guest)),
+    ]);
+    expect((await runClient(server.address, ["cat", "f"])).output).toBe("content");
+  });
+
+  test("an upload below the rate is closed, what came is kept, and it can be gone on with", async () => {
+    using root = makeRoot({});
+    await using server = await startServer(root.path, { args: SLOW });
+    const content = randomBytes(300_000);
+    const upload = put("f", { id: UPLOAD_ID, size: content.length, content: undefined });
+    using first = await enter(server.port);
+    first.socket.write(Buffer.concat([encodeRequest(upload), dataFrame(content.subarray(0, 200_000))]));
+    // 30 bytes each 50 ms: never idle, and far below the rate.
+    const frames = Buffer.concat(dataFrames(content.subarray(200_000, 202_000), 21));
+    await Promise.all([dribble(first, frames, 30, 50), expectIdle(server, first, "put")]);
+    expect((first.answers().at(-1) as { error: Error }).error.message).toContain("fewer than 10000 bytes a second");
+    expect(existsSync(join(root.path, "f"))).toBe(false);
+    using second = await enter(server.port);
+    expect(await second.ask(sums("", UPLOAD_ID))).toBe("ok");
+    const held = second.answers().flatMap((answer) => (answer.type === "sum" ? answer.length : []));
+    const [offset] = held as [number];
+    expect(offset).toBeGreaterThanOrEqual(200_000);
+    const rest = content.subarray(offset);
+    const going = second.ask({ ...upload, offset });
+    second.socket.write(Buffer.concat([dataFrame(rest), encodeEnd(rest.length)]));
+    expect(await going).toBe("ok");
+    expect(readFileSync(join(root.path, "f")).equals(Buffer.from(content))).toBe(true);
+  });
+
+  test("an upload of which nothing comes any more is closed, also with --min-rate 0", async () => {
+    using root = makeRoot({});
+    const args = ["--writable", "--idle-timeout", "1.5", "--min-rate", "0"];
+    await using server = await startServer(root.path, { args });
+    using guest = await enter(server.port);
+    const upload = put("f", { id: UPLOAD_ID, size: 1_000_000, content: undefined });
+    guest.socket.write(Buffer.concat([encodeRequest(upload), dataFrame(randomBytes(1000))]));
+    await expectIdle(server, guest, "put");
+  });
+
+  test("a reader below the rate is closed and logged", async () => {
+    using root = makeRoot({});
+    writeLargeFile(join(root.path, "big"), 256 << 20);
+    const args = ["--idle-timeout", "1", "--min-rate", "1G"];
+    await using server = await startServer(root.path, { args });
+    expect(await sip(server.port, get("big"), 20)).toBeLessThan(256 << 20);
+    await waitFor("it is logged", () =>
+      server.log.some(({ event, status }) => event === "get" && status === "timeout"),
+    );
+  });
+
+  test("one that is slow but above the rate is left alone, either way", async () => {
+    using root = makeRoot({});
+    const size = 16 << 20;
+    const digest = writeLargeFile(join(root.path, "big"), size);
+    const args = ["--writable", "--idle-timeout", "1", "--min-rate", "100"];
+    await using server = await startServer(root.path, { args });
+    using guest = await enter(server.port);
+    const content = randomBytes(20_000);
+    const going = guest.ask(put("f", { size: content.length, content: undefined }));
+    const frames = Buffer.concat([...dataFrames(content, 150), encodeEnd(content.length)]);
+    const [, read] = await Promise.all([dribble(guest, frames, 150, 20), sip(server.port, get("big"), 10)]);
+    expect(await going).toBe("ok");
+    expect(readFileSync(join(root.path, "f")).equals(Buffer.from(content))).toBe(true);
+    expect(read).toBeGreaterThan(size);
+    await waitFor(
+      "both are logged",
+      () => server.log.filter(({ event, status }) => event !== "quit" && status === "ok").length === 2,
+    );
+    expect(hashOfFile(join(root.path, "big"))).toBe(digest);
+  });
+
+  test("--min-rate 0 leaves alone whoever sends a byte within --idle-timeout", async () => {
+    using root = makeRoot({});
+    await using server = await startServer(root.path, {
+      args: ["--writable", "--idle-timeout", "1", "--min-rate", "0"],
+    });
+    using guest = await enter(server.port);
+    const going = guest.ask(put("f", { size: 30, content: undefined }));
+    // One frame that takes longer than that.
+    const frames = Buffer.concat([dataFrame(randomBytes(30)), encodeEnd(30)]);
+    await dribble(guest, frames, 1, 60);
+    expect(await going).toBe("ok");
+  });
+
+  test("a server's own --limit-rate below the rate cuts nobody", async () => {
+    using root = makeRoot({ f: randomBytes(60_000) });
+    using local = temporaryFolder();
+    await using server = await startServer(root.path, { args: [...SLOW, "--min-rate", "1M", "--limit-rate", "40K"] });
+    const got = join(local.path, "f");
+    expect(await runClient(server.address, ["get", "f", "-d", local.path])).toMatchObject({ status: 0, errors: "" });
+    expect(await runClient(server.address, ["put", got, "-t", "g", "-d", local.path])).toMatchObject({
+      status: 0,
+      errors: "",
+    });
+    expect(readFileSync(join(root.path, "g")).equals(readFileSync(join(root.path, "f")))).toBe(true);
+  });
+
+  test("a client whose --limit-rate is lower is told so", async () => {
+    using root = makeRoot({});
+    using local = temporaryFolder();
+    const file = join(local.path, "f");
+    writeFileSync(file, randomBytes(2_000_000));
+    await using server = await startServer(root.path, { args: SLOW });
+    const args = ["put", file, "-t", "f", "-d", local.path, "--limit-rate", "2000", "--retries", "0"];
+    const { status, errors } = await runClient(server.address, args);
+    expect(status).toBe(8);
+    expect(errors).toContain("closed for lack of activity: fewer than 10000 bytes a second for 0.5 s");
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- frames
+
+/** length u32, type u8, crc32 u32, and so many bytes behind it. */
+function frameOf(type: number, payload: Uint8Array): Uint8Array {
+  const frame = Buffer.alloc(9 + payload.length);
+  frame.writeUInt32BE(payload.length, 0);
+  frame[4] = type;
+  frame.set(payload, 9);
+  const head = Bun.hash.crc32(frame.subarray(0, 5));
+  frame.writeUInt32BE(Bun.hash.crc32(payload, head), 5);
+  return frame;
+}
+
+describe("frames before HELLO", () => {
+  test("of more than 4 KiB are refused by their length alone; a later version's HELLO may have 4 KiB", async () => {
+    using root = makeRoot(TREE);
+    await using server = await startServer(root.path);
+    using long = await visit(server.port);
+    long.socket.write(frameOf(1, new Uint8Array(MAX_HELLO_BYTES + 1)).subarray(0, 9));
+    await waitFor("it is refused", () => long.closed());
+    expect(long.answers().map(codeOf)).toEqual(["bad_frame"]);
+    using later = await visit(server.port);
+    const hello = Buffer.concat([encodeHello({ version: 9 }).subarray(9), new Uint8Array(MAX_HELLO_BYTES)]);
+    later.socket.write(frameOf(1, hello.subarray(0, MAX_HELLO_BYTES)));
+    await waitFor("it is answered", () => later.closed());
+    expect(later.answers().map(codeOf)).toEqual(["version"]);
+  });
+
+  test.each([
+    [255, "ok"],
+    [256, "bad_frame"],
+    [4000, "bad_frame"],
+  ])("a HELLO with a token of %d bytes: %s", async (length, expected) => {
+    using root = makeRoot(TREE);
+    await using server = await startServer(root.path);
+    using guest = await visit(server.port);
+    guest.socket.write(encodeHello({ token: "x".repeat(length) }));
+    await waitFor("an answer", () => guest.answers()[0]);
+    expect(codeOf(guest.answers()[0])).toBe(expected);
+  });
+
+  test("a request of 64 KiB right behind HELLO is taken, however the bytes are cut; one byte more is not", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["write"] });
+    const hello = encodeHello({ token: it.tokens.ann });
+    const content = randomBytes(MAX_WHOLE_BYTES);
+    const whole = Buffer.concat([
+      hello,
+      encodeRequest(put("w", { content, size: content.length })),
+      encodeRequest(get("w")),
+    ]);
+    for (const at of [0, 1, 8, 9, hello.length - 1, hello.length, hello.length + 1, hello.length + 9, 5000, 60_000]) {
+      using guest = await visit(it.port);
+      guest.socket.setNoDelay(true);
+      guest.socket.write(whole.subarray(0, at));
+      await Bun.sleep(5);
+      guest.socket.write(whole.subarray(at));
+      await waitFor("it is done", () => guest.answers().some(({ type }) => type === "end" || type === "file"));
+      expect(guest.answers().every((answer) => codeOf(answer) === "ok")).toBe(true);
+      expect(readFileSync(join(root.path, "w")).equals(Buffer.from(content))).toBe(true);
+      rmSync(join(root.path, "w"));
+    }
+    for (const [length, code] of [
+      [MAX_REQUEST_BYTES, "bad_frame"],
+      [MAX_REQUEST_BYTES + 1, "bad_frame"],
+    ] as const) {
+      using guest = await visit(it.port);
+      // All of the first is read, to find that no path is so long; of the second, its length.
+      const request = frameOf(0x12, new Uint8Array(length));
+      guest.socket.write(Buffer.concat([hello, length > MAX_REQUEST_BYTES ? request.subarray(0, 9) : request]));
+      await waitFor("it is closed", () => guest.closed());
+      expect(guest.answers().map(codeOf)).toEqual(["ok", code]);
+    }
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- log
+
+/** What a line of a log never has: control and format characters, but for its end. */
+const UNSHOWN = /[^\P{Cc}\n]|[\p{Cf}\p{Zl}\p{Zp}]/u;
+
+describe("the log", () => {
+  const NAMES = [
+    "a\u202eb",
+    "\x1b[31mred",
+    "two\nlines",
+    "cr\rlf",
+    "\u2066x\u2069",
+    "\x7f\x9b31m",
+    'quo"te\\',
+    "\u200fx",
+  ];
+
+  test("each refusal is one line of JSON, its names escaped; `token` is the token's name", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["read"] });
+    using guest = await enter(it.port, it.tokens.ann);
+    for (const name of NAMES) await guest.ask(get(name));
+    expect(await guest.ask(put("\u202e\n\x1b[2J"))).toBe("denied");
+    using unknown = await visit(it.port);
+    unknown.socket.write(encodeHello({ token: "rprs_guessed" }));
+    await waitFor("it is closed", () => unknown.closed());
+    await waitFor("all is logged", () => it.logOf(guest).length === NAMES.length + 1 && it.logOf(unknown).length === 1);
+    expect(it.logOf(guest).map(({ path }) => path)).toEqual([...NAMES, "\u202e\n\x1b[2J"]);
+    for (const line of it.logOf(guest)) {
+      expect(line).toMatchObject({ token: "ann", worker: expect.any(Number), time: expect.any(String) });
+      expect(line.status).toMatch(/^(not_found|bad_name|denied)$/);
+    }
+    expect(it.logOf(unknown)[0]).toMatchObject({ event: "close", status: "denied" });
+    expect(it.logOf(unknown)[0]!.token).toBeUndefined();
+    expect(it.server.stderr()).not.toMatch(UNSHOWN);
+    expect(it.server.stderr()).not.toContain("guessed");
+    expect(it.server.stderr()).not.toContain(it.tokens.ann);
+  });
+
+  test("in pretty as well", async () => {
+    using root = makeRoot(TREE);
+    await using it = await guard(root.path, { ann: ["read"] }, { args: ["--log", "pretty"] });
+    using guest = await enter(it.port, it.tokens.ann);
+    for (const name of NAMES) await guest.ask(get(name));
+    expect(await guest.ask(put("p"))).toBe("denied");
+    const lines = () =>
+      it.server
+        .stderr()
+        .split("\n")
+        .filter((line) => line.includes(guest.address));
+    await waitFor("all is logged", () => lines().length === NAMES.length + 1);
+    for (const line of lines())
+      expect(line).toMatch(/^\d\d:\d\d:\d\d \[\d\] 127\.77\.\d+\.\d+ ann (get|put) ".*, \w+$/);
+    expect(it.server.stderr()).not.toMatch(UNSHOWN);
+  });
+
+  test("a flood of 2,000 refusals is 30 lines", async () => {
+    using root = makeRoot(TREE);
+    await using server = await startServer(root.path, { args: ["--workers", "1"] });
+    for (let round = 0; round < 20; round++) {
+      const flood = Array.from({ length: 100 }, async () => {
+        using guest = await visit(server.port);
+        guest.socket.write("GET / HTTP/1.1\r\n\r\n");
+        await waitFor("it is refused", () => guest.closed());
+      });
+      await Promise.all(flood);
+    }
+    using guest = await enter(server.port);
+    await guest.ask(stat("f"));
+    await waitFor("what came after is logged", () => server.log.some(({ event }) => event === "stat"));
+    expect(server.log.filter(({ status }) => status === "bad_frame").length).toBe(30);
+    expect(server.log.length).toBe(31);
+  });
+
+  test("after a minute the rest is one line for each status, and the next minute begins anew", async () => {
+    // In a process of its own, whose timer is the test's.
+    const code = `
+      const minutes = [];
+      globalThis.setTimeout = (end, ms) => (minutes.push({ end, ms }), { unref() {} });
+      const { logRefusal } = await import(process.argv[1]);
+      const refuse = (status, count) => { while (count-- > 0) logRefusal({ log: "json", worker: 3 }, { status, peer: "192.0.2.1" }); };
+      refuse("denied", 2000); refuse("busy", 31); refuse("bad_frame", 30);
+      minutes[0].end();
+      refuse("denied", 31);
+      minutes[1].end();
+      console.log(JSON.stringify(minutes.map(({ ms }) => ms)));
+    `;
+    const child = Bun.spawn([process.execPath, "-e", code, join(HOME, "log.ts")], {
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    const [timers, errors] = await Promise.all([new Response(child.stdout).json(), new Response(child.stderr).text()]);
+    expect(timers).toEqual([60_000, 60_000]);
+    const lines = errors
+      .trim()
+      .split("\n")
+      .map((line) => JSON.parse(line) as LogLine);
+    const shown = lines.map(
+      ({ event, status, count }) => `${event} ${status}${count === undefined ? "" : ` ${count}`}`,
+    );
+    expect(shown).toEqual([
+      ...Array(30).fill("close denied"),
+      ...Array(30).fill("close busy"),
+      ...Array(30).fill("close bad_frame"),
+      "refusals denied 1970",
+      "refusals busy 1",
+      ...Array(30).fill("close denied"),
+      "refusals denied 1",
+    ]);
+    expect(lines.every(({ worker }) => worker === 3)).toBe(true);
   });
 });
