@@ -33,6 +33,7 @@ import {
   TO_THE_END,
 } from "../protocol.ts";
 import { type Access, addToken, readTokens, removeToken, Tokens } from "../tokens.ts";
+import { startProxy } from "./faults/proxy.ts";
 import {
   HOME,
   isAlive,
@@ -43,7 +44,6 @@ import {
   type Server,
   type ServerOptions,
   spawnClient,
-  startProxy,
   startServer,
   TEST_MS,
   temporaryFolder,

@@ -21,12 +21,12 @@ import { connect as connectTls, createServer as createTlsServer, type TLSSocket 
 import { Remote } from "../client.ts";
 import { encodeHello, encodeRequest, MAX_CONTENT_BYTES, TO_THE_END } from "../protocol.ts";
 import { authority, hasOpenssl, type Pair, pair, pairOf } from "./certificates.ts";
+import { type ProxyOptions, startProxy } from "./faults/proxy.ts";
 import {
   type ClientOptions,
   connectRaw,
   HOME,
   makeRoot,
-  type ProxyOptions,
   peakResidentBytes,
   randomBytes,
   residentBytes,
@@ -35,7 +35,6 @@ import {
   sha256,
   spawnClient,
   spawnFedClient,
-  startProxy,
   startServer,
   TEST_MS,
   temporaryFolder,
