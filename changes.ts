@@ -423,15 +423,19 @@ export class Upload {
     // A name that nobody else can have needs no lock.
     if (request.id === "") return new Upload(request, staged, create(staged), wrap, limits);
     const fd = openLocked(staged.path);
-    const { size } = fstatSync(fd);
-    if (size >= request.offset) ftruncateSync(fd, request.offset);
-    else {
-      if (size === 0) removeIfThere(staged.path);
+    try {
+      const { size } = fstatSync(fd);
+      if (size < request.offset) {
+        if (size === 0) removeIfThere(staged.path);
+        throw notHeld(request);
+      }
+      ftruncateSync(fd, request.offset);
+      return new Upload(request, staged, fd, wrap, limits);
+    } catch (error) {
       unlock(fd, staged.path);
       closeSync(fd);
-      throw notHeld(request);
+      throw error;
     }
-    return new Upload(request, staged, fd, wrap, limits);
   }
 
   private constructor(request: Put, staged: Place, fd: number, wrap: Wrap, limits: Limits) {

@@ -194,14 +194,17 @@ export function openLocked(path: string, mode = 0o666): number {
   for (;;) {
     const flags = constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW | constants.O_NONBLOCK;
     const fd = openSync(path, flags, mode);
-    const isFile = fstatSync(fd).isFile();
-    const isOurs = isFile && tryLock(fd, path);
-    if (isOurs && isStill(path, fd)) return fd;
-    const holder = isFile ? holderOf(fd, path) : "something that is no file";
-    if (isOurs) unlock(fd, path);
-    closeSync(fd);
-    if (!isOurs) throw new Held(path, holder);
+    try {
+      if (!fstatSync(fd).isFile()) throw new Held(path, "something that is no file");
+      if (!tryLock(fd, path)) throw new Held(path, holderOf(fd, path));
+    } catch (error) {
+      closeSync(fd);
+      throw error;
+    }
+    if (isStill(path, fd)) return fd;
     // The one before us finished between our open and our lock: what we hold has got another name, or none.
+    unlock(fd, path);
+    closeSync(fd);
   }
 }
 
