@@ -302,8 +302,11 @@ export async function syncTogether(fds: number[]): Promise<unknown[]> {
   return results.map((result) => (result.status === "rejected" ? result.reason : undefined));
 }
 
-function sync(fd: number): Promise<void> {
-  return new Promise((resolve, reject) => fsync(fd, (error) => (error ? reject(error) : resolve())));
+async function sync(fd: number): Promise<void> {
+  const error = await new Promise<NodeJS.ErrnoException | null>((resolve) => fsync(fd, resolve));
+  // Only put off: some file systems, of networks for the most part, let a signal interrupt it.
+  if (error?.code === "EINTR") return sync(fd);
+  if (error) throw error;
 }
 
 export async function syncFolder(path: string): Promise<void> {
