@@ -244,7 +244,9 @@ export class Changes {
     if (!failure) return;
     for (const [index, change] of changes.entries()) {
       const path = change instanceof Upload ? change.request.path : change.path;
-      if (!(outcomes[index] instanceof RepriseError)) outcomes[index] = this.#wrap(failure, path);
+      if (outcomes[index] instanceof RepriseError) continue;
+      outcomes[index] = this.#wrap(failure, path);
+      if (change instanceof Upload) change.doubt();
     }
   }
 
@@ -504,6 +506,18 @@ export class Upload {
       setTime(this.fd, this.request.mtime);
     } catch (error) {
       return this.#wrap(error, this.request.path);
+    }
+  }
+
+  /**
+   * It has its name, and yet may be gone after a crash: with another time nobody takes it for what was to be put, and does
+   * not send it again.
+   */
+  doubt(): void {
+    try {
+      setTime(this.fd, Date.now() * 1000);
+    } catch {
+      // The disk takes nothing any more; the failure is told all the same.
     }
   }
 
