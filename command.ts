@@ -55,8 +55,17 @@ export async function runWords(main: Command, words: string[], data?: unknown): 
 
 const said = new WeakSet<Error>();
 
+/** An error of the operating system that nothing more is known about is one of the local disk, and no bug of ours. */
+export function asFailure(error: unknown): unknown {
+  if (!(error instanceof Error) || error instanceof RepriseError) return error;
+  const { code, syscall, message } = error as NodeJS.ErrnoException;
+  if (code === undefined || syscall === undefined) return error;
+  return new RepriseError("local", `a local file cannot be used: ${printable(message)}`, error);
+}
+
 /** Says an error on stderr, once, and gives its exit status. A bug of ours is said with its stack. */
-export function report(error: unknown): number {
+export function report(problem: unknown): number {
+  const error = asFailure(problem);
   if (!(error instanceof RepriseError)) {
     say("error", `internal error, please report it: ${error instanceof Error ? error.stack : error}`);
     return ExitStatus.server;

@@ -6,6 +6,7 @@ import { closeSync, fstatSync, openSync, readFileSync } from "node:fs";
 import { posix } from "node:path";
 import {
   type Args,
+  asFailure,
   numberOption,
   report,
   say,
@@ -184,7 +185,8 @@ export class Failures {
   #first: RepriseError | undefined;
   count = 0;
 
-  add(error: unknown): void {
+  add(problem: unknown): void {
+    const error = asFailure(problem);
     const fatal = !(error instanceof RepriseError) || error.code === "pipe_closed" || interruption.signal.aborted;
     if (fatal) throw error;
     report(error);
