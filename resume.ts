@@ -511,8 +511,10 @@ export class StreamTarget implements Target {
 
 /** The same of what goes into a stream: nothing of that is kept. */
 function asLocalStream(error: unknown, name: string): RepriseError {
-  if ((error as NodeJS.ErrnoException).code !== "ENOSPC") return asLocal(error, name);
-  return new RepriseError("local", `cannot write ${quote(name)}: no room is left there`, error);
+  const { code = "" } = error as NodeJS.ErrnoException;
+  if (!["ENOSPC", "EDQUOT", "EFBIG"].includes(code)) return asLocal(error, name);
+  const why = code === "EFBIG" ? "the file is larger than the system allows" : "no room is left there";
+  return new RepriseError("local", `cannot write ${quote(name)}: ${why}`, error);
 }
 
 const LOCAL_REASONS: Record<string, string> = {
