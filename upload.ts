@@ -79,7 +79,8 @@ export class UploadExchange implements Exchange {
     await peer.ask({ action: "put", ...this.#options, offset: this.#offset, size, mtime });
     try {
       await this.#send(peer);
-      this.#source.verify();
+      // Refused in the middle, it may be closed already.
+      if (!this.#answered) this.#source.verify();
     } catch (error) {
       if (!(error instanceof RepriseError) || error.code !== "local") throw error;
       this.#problem = error;

@@ -714,6 +714,16 @@ describe("something in the way", () => {
     expect(refused.errors).toContain("--writable");
   });
 
+  test("large files that are refused while they are sent: said for each, and no bug of ours", async () => {
+    using folder = makeRoot({ "t/a": randomBytes(20 * MIB), "t/b": randomBytes(20 * MIB), "t/c": "small" });
+    using root = makeRoot({ "t/": "" });
+    await using readOnly = await startServer(root.path);
+    const run = await runClient(readOnly.address, ["put", "-r", "t"], { cwd: folder.path });
+    expect(run.status).toBe(4);
+    expect(lines(run.errors).length).toBe(3);
+    for (const line of lines(run.errors)) expect(line).toContain("refused: the server is read-only");
+  });
+
   test("a path that is too long here keeps nothing else from coming", async () => {
     const deep = Array.from({ length: 16 }, (_, index) => String.fromCharCode(97 + index).repeat(250)).join("/");
     const shortened = deep.slice(0, 4000);
