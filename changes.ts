@@ -414,10 +414,14 @@ export class Upload {
     const upload = Upload.#open(request, staged, wrap, limits);
     const { size, offset } = request;
     const isKnown = size !== UNKNOWN_SIZE;
-    if (!isKnown || !limits.room || limits.room.has(size - offset)) return upload;
-    if (offset === 0) upload.drop();
-    upload.close();
-    throw noRoom(request, limits.room);
+    try {
+      if (!isKnown || !limits.room || limits.room.has(size - offset)) return upload;
+      throw noRoom(request, limits.room);
+    } catch (error) {
+      if (offset === 0) upload.drop();
+      upload.close();
+      throw error;
+    }
   }
 
   static #open(request: Put, staged: Place, wrap: Wrap, limits: Limits): Upload {

@@ -48,6 +48,8 @@ const HOWS: Record<string, string[]> = {
   openat2: ["error=EIO", "error=EMFILE", "error=EINTR", "error=EAGAIN"],
   statx: ["error=EIO"],
   newfstatat: ["error=EIO"],
+  statfs: ["error=EIO"],
+  fstatfs: ["error=EIO"],
   getdents64: ["error=EIO"],
   read: ["error=EIO", "error=EINTR"],
   pread64: ["error=EIO", "error=EINTR"],
@@ -359,4 +361,23 @@ describe.skipIf(missing !== undefined)("a call that fails", () => {
       expectMet(await runAll(bench, base.path, { runWith, look: async () => [] }));
     },
   );
+});
+
+/** Asked for the first time by the first upload; after that it is known for a while, and no fault would be met above. */
+test.skipIf(missing !== undefined)("on the server, a put whose room cannot be asked for", async () => {
+  using base = temporaryFolder();
+  const root = join(base.path, "root");
+  writeTree(root, { other: "other" });
+  await using server = await startServer(root, { args: ["--workers", "1", "--writable"] });
+  const bench = new Bench(OPERATIONS[0]!, server, root, base.path, "room");
+  bench.reset();
+  await using tracing = await attach(server.workers()[0]!, {
+    calls: CALLS,
+    fault: { call: "statfs", how: "error=EIO", at: 1 },
+  });
+  const { status, errors } = await bench.run();
+  const calls = await tracing.stop();
+  expect(calls.some(({ injected }) => injected)).toBe(true);
+  if (status !== 0) expect(errors).not.toBe("");
+  expect(await judgeAgain(bench)).toEqual([]);
 });
