@@ -316,7 +316,8 @@ class Soak implements World {
     for (const pid of this.#server.workers()) {
       try {
         const sample = { at: performance.now(), memory: await residentBytes(pid), descriptors: descriptorsOf(pid) };
-        if (sample.memory > 0) this.#workers.set(pid, [...(this.#workers.get(pid) ?? []), sample]);
+        if (sample.memory > 0 && sample.descriptors > 0)
+          this.#workers.set(pid, [...(this.#workers.get(pid) ?? []), sample]);
       } catch {
         // It has just been killed.
       }
