@@ -1032,7 +1032,7 @@ test("Gate gives each its own answer, in whatever order they come", async () => 
 
 // ---------------------------------------------------------------------------------------------------- client
 
-/** Takes connections and answers nothing, or a REDIRECT; it remembers what came. */
+/** Takes connections and answers nothing; it counts what came. */
 function startRecorder(): { port: number; opened: number; bytes: number } & Disposable {
   const recorder = { port: 0, opened: 0, bytes: 0 };
   const listener = Bun.listen({
@@ -1048,6 +1048,9 @@ function startRecorder(): { port: number; opened: number; bytes: number } & Disp
   recorder.port = listener.port;
   return Object.assign(recorder, { [Symbol.dispose]: () => listener.stop(true) });
 }
+
+/** For a client that is to fail before it waits for an answer: where it does wait, none comes. */
+const BRIEFLY = ["--timeout", "1", "--retries", "0"];
 
 /** Where this machine has another address than loopback ones: a network of its own. */
 const ELSEWHERE = "192.0.2.1";
@@ -1132,7 +1135,7 @@ describe("the client's token", () => {
       using recorder = startRecorder();
       writeFileSync(file.path, "rprs_the-token");
       chmodSync(file.path, mode);
-      const args = ["cat", "f", "--token-file", file.path];
+      const args = ["cat", "f", "--token-file", file.path, ...BRIEFLY];
       const { status, output, errors } = await runClient(`127.0.0.1:${recorder.port}`, args);
       expect({ status, output }).toEqual({ status: 4, output: "" });
       expect(errors).toBe(
@@ -1156,7 +1159,7 @@ describe("the client's token", () => {
     using file = tokenFile();
     using recorder = startRecorder();
     if (content !== undefined) writeFileSync(file.path, content, { mode: 0o600 });
-    const run = await runClient(`127.0.0.1:${recorder.port}`, ["cat", "f", "--token-file", file.path]);
+    const run = await runClient(`127.0.0.1:${recorder.port}`, ["cat", "f", "--token-file", file.path, ...BRIEFLY]);
     expect(run).toMatchObject({ status, output: "" });
     expect(run.errors).toContain(text);
     expect(run.errors.trim().split("\n").length).toBe(1);
@@ -1168,11 +1171,11 @@ describe("the client's token", () => {
     using folder = temporaryFolder();
     using recorder = startRecorder();
     const server = `127.0.0.1:${recorder.port}`;
-    const asFile = await runClient(server, ["cat", "f", "--token-file", folder.path]);
+    const asFile = await runClient(server, ["cat", "f", "--token-file", folder.path, ...BRIEFLY]);
     expect(asFile).toMatchObject({ status: 7 });
     expect(asFile.errors).toContain("cannot be read: EISDIR");
     for (const REPRISE_TOKEN of ["rprs_a b", "x".repeat(256), "rprs_\u00fc"]) {
-      const run = await runClient(server, ["cat", "f"], { env: { REPRISE_TOKEN } });
+      const run = await runClient(server, ["cat", "f", ...BRIEFLY], { env: { REPRISE_TOKEN } });
       expect(run).toMatchObject({ status: 2, output: "" });
       expect(run.errors).toContain("REPRISE_TOKEN holds no access token");
       expect(run.errors).not.toContain(REPRISE_TOKEN);
