@@ -14,6 +14,7 @@ import {
   constants,
   fchmodSync,
   fstatSync,
+  fsyncSync,
   ftruncateSync,
   lstatSync,
   mkdirSync,
@@ -50,7 +51,7 @@ import {
   splitPath,
   UNKNOWN_SIZE,
 } from "./protocol.ts";
-import { beneath, errorCode, etagOf, isHidden, locate, metaOf } from "./storage.ts";
+import { errorCode, etagOf, isHidden, locateIn, metaOf, beneath as pathOf } from "./storage.ts";
 
 const STAGING = ".reprise";
 const NEW_FLAGS = constants.O_RDWR | constants.O_CREAT | constants.O_EXCL | constants.O_NOFOLLOW;
@@ -64,6 +65,9 @@ const LOCK_LIMIT_MS = 10_000;
  * seen, so each of them may go so far beyond the limit.
  */
 const LOOK_BYTES = 4 * 1024 * 1024;
+/** Folders that all groups of a process together may have open, and so many each of them all the same. */
+const MAX_OPEN_FOLDERS = 256;
+const LEAST_OPEN_FOLDERS = 8;
 /** What even an empty file takes of a disk. */
 const BLOCK_BYTES = 4096;
 
@@ -101,31 +105,39 @@ export class Changes {
   readonly #staging: string;
   readonly #stagingFd: number;
   readonly #lock: number;
-  /** Else staging and lock are another's, whose folder this is. */
-  readonly #ownsStaging: boolean;
   readonly #inMemory: boolean;
   readonly #wrap: Wrap;
   readonly #versions: boolean;
   readonly #limits: Limits;
+  /** The folder in the root that this is about; "" for itself. */
+  readonly #folder: string;
   readonly #anonymous = `new-${process.pid}-${randomUUID().slice(0, 8)}`;
   #count = 0;
 
-  constructor(root: number, staging: number, wrap: Wrap, versions: boolean, limits: Limits, lock?: number) {
+  constructor(
+    root: number,
+    staging: number,
+    wrap: Wrap,
+    versions: boolean,
+    limits: Limits,
+    beneath?: { folder: string; lock: number },
+  ) {
     this.#wrap = wrap;
     this.#versions = versions;
     this.#limits = limits;
     this.#root = root;
     this.#stagingFd = staging;
-    this.#staging = beneath(staging);
-    this.#ownsStaging = lock === undefined;
-    this.#lock = lock ?? openSync(this.#lockPath, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600);
+    this.#staging = pathOf(staging);
+    this.#folder = beneath?.folder ?? "";
+    this.#lock =
+      beneath?.lock ?? openSync(this.#lockPath, constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW, 0o600);
     this.#inMemory = isInMemory(staging);
   }
 
-  /** One of its folders as a root of its own, staged where all is; to be closed before this. Throws as `locate`. */
-  beneath(path: string): Changes {
-    const folder = locate(this.#root, path);
-    return new Changes(folder, this.#stagingFd, this.#wrap, this.#versions, this.#limits, this.#lock);
+  /** One of its folders as a root of its own, as that of `Root`, staged where all is. Not to be closed. */
+  beneath(folder: string): Changes {
+    const below = { folder, lock: this.#lock };
+    return new Changes(this.#root, this.#stagingFd, this.#wrap, this.#versions, this.#limits, below);
   }
 
   /**
@@ -152,7 +164,7 @@ export class Changes {
   /** Makes the changes in their order, and returns when all that succeeded are on disk. */
   async apply(changes: Change[]): Promise<Outcome[]> {
     const outcomes: Outcome[] = await this.#syncContents(changes);
-    const folders = new Folders(this.#root);
+    const folders = new Folders(this.#root, this.#folder);
     try {
       const release = await this.#takeLock();
       try {
@@ -201,7 +213,7 @@ export class Changes {
   }
 
   close(): void {
-    for (const fd of this.#ownsStaging ? [this.#lock, this.#stagingFd, this.#root] : [this.#root]) closeSync(fd);
+    for (const fd of [this.#lock, this.#stagingFd, this.#root]) closeSync(fd);
   }
 
   /** The same, of a root that nobody else writes in this way: nothing staged stays behind. */
@@ -240,7 +252,7 @@ export class Changes {
 
   async #syncFolders(folders: Folders, changes: Change[], outcomes: Outcome[]): Promise<void> {
     const failures = await syncTogether(folders.touched);
-    const failure = failures.find(Boolean);
+    const failure = folders.failure ?? failures.find(Boolean);
     if (!failure) return;
     for (const [index, change] of changes.entries()) {
       const path = change instanceof Upload ? change.request.path : change.path;
@@ -262,7 +274,7 @@ export class Changes {
   }
 
   #check(put: Put): Stats | undefined {
-    const folders = new Folders(this.#root);
+    const folders = new Folders(this.#root, this.#folder);
     try {
       return checkTarget(put, folders.parentOf(put.path).path);
     } catch (error) {
@@ -363,7 +375,7 @@ class Room {
   #unwritten = 0;
 
   constructor(folder: number, keepFree: number) {
-    this.#folder = beneath(folder);
+    this.#folder = pathOf(folder);
     this.keepFree = keepFree;
   }
 
@@ -555,15 +567,23 @@ function create({ folder, name, path }: Place): number {
   return fd >= 0 ? fd : openSync(path, NEW_FLAGS, 0o666);
 }
 
-/** The folders that a group of changes has to do with, each opened once. */
+/** Folders that all groups of a process have open. */
+let openFolders = 0;
+
+/** The folders that a group of changes has to do with, each opened once, unless they are too many. */
 class Folders {
   readonly #root: number;
-  readonly #open: number[] = [];
+  readonly #folder: string;
+  readonly #open = new Set<number>();
   readonly #known = new Map<string, number>();
   readonly #touched = new Set<number>();
+  /** What went wrong when one was synced before its time. */
+  failure: Error | undefined;
 
-  constructor(root: number) {
+  /** Of a folder beneath `root`, or "" for itself. */
+  constructor(root: number, folder: string) {
     this.#root = root;
+    this.#folder = folder;
   }
 
   /** The folder that a name is in, and the name as a path beneath its descriptor. Throws `not_found`, `bad_name`, `refused`. */
@@ -571,8 +591,8 @@ class Folders {
     const segments = checkName(path);
     const name = segments.pop();
     if (name === undefined) throw refused("the served folder itself cannot be changed");
-    const folder = this.#folder(segments.join("/"), path);
-    return { folder, name, path: `${beneath(folder)}/${name}` };
+    const folder = this.#folderOf(segments.join("/"), path);
+    return { folder, name, path: `${pathOf(folder)}/${name}` };
   }
 
   /** Whether a folder was met already, and so is there. */
@@ -594,17 +614,39 @@ class Folders {
   }
 
   close(): void {
-    for (const fd of this.#open) closeSync(fd);
+    for (const fd of this.#open) this.#close(fd);
   }
 
-  #folder(path: string, wanted: string): number {
+  #close(fd: number): void {
+    this.#open.delete(fd);
+    this.#touched.delete(fd);
+    openFolders--;
+    closeSync(fd);
+  }
+
+  /** A path of a thousand segments, or a group all over the tree: those that came first are done with. */
+  #makeRoom(): void {
+    if (openFolders < MAX_OPEN_FOLDERS || this.#open.size < LEAST_OPEN_FOLDERS) return;
+    const oldest = this.#open.values().next().value!;
+    for (const [path, fd] of this.#known) if (fd === oldest) this.#known.delete(path);
+    try {
+      if (this.#touched.has(oldest)) fsyncSync(oldest);
+    } catch (error) {
+      this.failure ??= error as Error;
+    }
+    this.#close(oldest);
+  }
+
+  #folderOf(path: string, wanted: string): number {
     const known = this.#known.get(path);
     if (known !== undefined) return known;
-    const at = locateParent(this.#root, path, wanted);
+    const at = locateParent(this.#root, this.#folder, path, wanted);
     try {
+      this.#makeRoom();
       // Not only a place, as for looking: it is to be synced.
-      const fd = openSync(beneath(at), constants.O_RDONLY | constants.O_DIRECTORY);
-      this.#open.push(fd);
+      const fd = openSync(pathOf(at), constants.O_RDONLY | constants.O_DIRECTORY);
+      openFolders++;
+      this.#open.add(fd);
       this.#known.set(path, fd);
       return fd;
     } catch (error) {
@@ -623,9 +665,9 @@ function checkName(path: string): string[] {
   return segments;
 }
 
-function locateParent(root: number, path: string, wanted: string): number {
+function locateParent(root: number, folder: string, path: string, wanted: string): number {
   try {
-    return locate(root, path);
+    return locateIn(root, folder, path);
   } catch (error) {
     if (!(error instanceof RepriseError) || error.code !== "not_found") throw error;
     throw new RepriseError("not_found", `not found: the folder ${quote(path)} for ${quote(wanted)}; mkdir -p makes it`);

@@ -182,7 +182,7 @@ export class Connection {
     const sleeper = this.#sleeper;
     this.#sleeper = undefined;
     this.#turnAt = performance.now();
-    this.#waitedMs = 0;
+    this.#forgive();
     if (!inTime) this.fail(this.#silence());
     sleeper?.run();
   }
@@ -289,6 +289,17 @@ export class Connection {
     this.#writable.wake();
   }
 
+  /** Reads and forgets whatever comes, for `ms` or until the peer has gone. Nothing but an end can follow. Never throws. */
+  async ignore(ms: number): Promise<void> {
+    const end = performance.now() + ms;
+    this.#decoder.discard();
+    do {
+      this.#chunks = [];
+      if (this.#ended || this.#failure) return;
+      this.#unpause();
+    } while (await this.#readable.wait(end));
+  }
+
   /** Whether the peer is waited for, and has sent nothing for `ms`. */
   isQuiet(ms: number): boolean {
     return this.#readable.isWaiting && performance.now() - this.#readAt >= ms;
@@ -362,7 +373,7 @@ export class Connection {
       const woken = await waiter.wait(startedAt + (owes ? Math.min(left, this.timeoutMs - this.#waitedMs) : left));
       this.#turnAt = performance.now();
       if (owes) this.#judge(this.#turnAt - startedAt);
-      else this.#waitedMs = 0;
+      else this.#forgive();
       if (woken) return;
     }
   }
@@ -375,8 +386,14 @@ export class Connection {
   #judge(waitedMs: number): void {
     this.#waitedMs += waitedMs;
     if (this.#waitedMs < this.timeoutMs) return;
-    if ((this.#moved - this.#movedBefore) * 1000 < this.#minRate * this.#waitedMs)
-      throw new RepriseError("timeout", `fewer than ${this.#minRate} bytes a second for ${this.timeoutMs / 1000} s`);
+    const isSlow = (this.#moved - this.#movedBefore) * 1000 < this.#minRate * this.#waitedMs;
+    this.#forgive();
+    if (!isSlow) return;
+    throw new RepriseError("timeout", `fewer than ${this.#minRate} bytes a second for ${this.timeoutMs / 1000} s`);
+  }
+
+  /** What was is no longer held against the peer, nor for it. */
+  #forgive(): void {
     this.#waitedMs = 0;
     this.#movedBefore = this.#moved;
   }
@@ -555,8 +572,10 @@ export async function connect(options: ConnectOptions): Promise<Connection> {
   signal?.throwIfAborted();
   const { promise, resolve, reject } = Promise.withResolvers<Connection>();
   let given = false;
+  let opened: BunSocket<Connection> | undefined;
   const refuse = (error: unknown) => {
     given = true;
+    opened?.terminate();
     reject(error);
   };
   const timer = setTimeout(() => refuse(lost(`${where} does not answer for ${timeoutMs / 1000} s`)), timeoutMs);
@@ -574,7 +593,8 @@ export async function connect(options: ConnectOptions): Promise<Connection> {
     socket: {
       ...Connection.handlers,
       open(socket) {
-        if (!tls) settle(socket);
+        opened = socket;
+        if (!tls || given) settle(socket);
       },
       handshake(socket, done, error) {
         if (tls) settle(socket, done && !error && socket.authorized ? undefined : distrust(socket, options, error));

@@ -18,7 +18,7 @@ import {
 } from "./command.ts";
 import { Pace } from "./connection.ts";
 import { DEFAULT_PORT, ERRORS, MAX_TOKEN_BYTES, quote, RepriseError } from "./protocol.ts";
-import { parseServers, Remote } from "./remote.ts";
+import { type Address, parseServers, Remote } from "./remote.ts";
 
 /** How long an interrupted client may take to save its log before it is ended all the same. */
 const INTERRUPT_MS = 1_000;
@@ -61,7 +61,7 @@ export interface Context {
   server: string;
   /** The server was named by the user, rather than left to the default or a resume log. */
   isNamed: boolean;
-  /** Another connection to a server, with the same options and the same way to interrupt. */
+  /** Another connection to a server, with the same options and the same way to interrupt; the token only goes to `server`. */
   connectTo: (server: string) => Remote;
   /** Connections for many files. */
   jobs: number;
@@ -98,8 +98,13 @@ export function contextFrom(args: Args, signal: AbortSignal): Context {
     signal,
     note: (text: string) => say("warn", text),
   };
-  const connectTo = (name: string) => new Remote({ ...options, servers: parseServers(name) });
   const server = serverOf(args);
+  const connectTo = (name: string) => {
+    const servers = parseServers(name);
+    // A resume log may name a server of anybody: the token is for those that the user names.
+    const token = areAmong(servers, parseServers(server)) ? options.token : undefined;
+    return new Remote({ ...options, token, servers });
+  };
   return {
     remote: connectTo(server),
     server,
@@ -109,6 +114,10 @@ export function contextFrom(args: Args, signal: AbortSignal): Context {
     folder: undefined,
     json: args.json === true,
   };
+}
+
+function areAmong(servers: Address[], named: Address[]): boolean {
+  return servers.every((server) => named.some((one) => Bun.deepEquals(one, server)));
 }
 
 export function serverOf(args: Args): string {

@@ -52,19 +52,21 @@ export function log(settings: LogSettings, fields: LogFields): void {
 }
 
 const refusals = new Map<string, number>();
+let settingsOfRefusals: LogSettings | undefined;
 
-/** A connection was turned away, or ended over what its peer did. */
-export function logRefusal(settings: LogSettings, fields: Omit<LogFields, "event">): void {
+/** A connection was turned away or ended over what its peer did, or a request that it may not make was refused. */
+export function logRefusal(settings: LogSettings, fields: Omit<LogFields, "event"> & { event?: string }): void {
   const { status } = fields;
-  if (refusals.size === 0) setTimeout(() => logCounts(settings), REFUSALS_MS).unref();
+  settingsOfRefusals = settings;
+  if (refusals.size === 0) setTimeout(logCounts, REFUSALS_MS).unref();
   const count = (refusals.get(status) ?? 0) + 1;
   refusals.set(status, count);
   if (count <= MAX_REFUSALS) log(settings, { event: "close", ...fields });
 }
 
-function logCounts(settings: LogSettings): void {
+function logCounts(): void {
   for (const [status, count] of refusals)
-    if (count > MAX_REFUSALS) log(settings, { event: "refusals", status, count: count - MAX_REFUSALS });
+    if (count > MAX_REFUSALS) log(settingsOfRefusals!, { event: "refusals", status, count: count - MAX_REFUSALS });
   refusals.clear();
 }
 
@@ -96,7 +98,10 @@ function writeLines(): void {
   }
   lines = "";
 }
-process.on("exit", writeLines);
+process.on("exit", () => {
+  logCounts();
+  writeLines();
+});
 
 export function logBug(settings: LogSettings, error: unknown): void {
   const stack = error instanceof Error ? (error.stack ?? error.message) : String(error);

@@ -908,6 +908,11 @@ export class FrameDecoder {
     this.#have += count;
   }
 
+  /** Lets go of all that was pushed, for good: no frame follows. */
+  discard(): void {
+    this.#fail(new RepriseError("lost"));
+  }
+
   /** Whether the stream may end here without having cut a frame. */
   get atBoundary(): boolean {
     return this.#have === 0 && this.#at === this.#chunk.length;

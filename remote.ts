@@ -453,6 +453,7 @@ export class Peer {
     const { host, port, tls = false, token = "" } = options;
     const connection = await connect(options);
     const address = formatAddress(host, port);
+    if (connection.peer === "") throw new RepriseError("lost", `${address}: connection cut`);
     if (token !== "" && !tls && !isLoopback(connection.peer)) {
       connection.close();
       throw new RepriseError(
@@ -668,13 +669,19 @@ export function unexpected(what: string): RepriseError {
   return new RepriseError("bad_frame", `the server does not keep to the protocol: ${what}`);
 }
 
-/** `host`, `host:port`, `[v6]:port`, each with `tls://` or, if liked, `tcp://`, several with commas. Throws `usage`. */
+/**
+ * `host`, `host:port`, `[v6]:port`, several with commas; `tls://` or `tcp://` before one counts for those behind it as well.
+ * Throws `usage`.
+ */
 export function parseServers(text: string): Address[] {
+  let scheme = "tcp";
   return text.split(",").map((item) => {
     const match = /^(?:(tcp|tls):\/\/)?(?:\[([0-9a-f:.%]+)\]|([^\s:/[\]]+))(?::(\d{1,5}))?\/?$/i.exec(item.trim());
     const port = Number(match?.[4] ?? DEFAULT_PORT);
     if (!match || port < 1 || port > 65_535)
       throw new RepriseError("usage", `--server takes host:port, not ${quote(item)}`);
-    return { host: (match[2] ?? match[3])!, port, tls: match[1]?.toLowerCase() === "tls" };
+    // Whoever asks for TLS does not want the next one, which only has no word before it, in clear.
+    scheme = match[1]?.toLowerCase() ?? scheme;
+    return { host: (match[2] ?? match[3])!, port, tls: scheme === "tls" };
   });
 }

@@ -12,10 +12,8 @@
  * listen on it (the kernel spreads the connections), starts a worker again that dies, and hands signals on. A worker
  * runs one `Session` for each connection: see session.ts.
  */
-import { createPrivateKey, X509Certificate } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
-import { createSecureContext } from "node:tls";
 import type { Subprocess, TCPSocketListener } from "bun";
 import { Admission, Gate, type Question, type Reply, type Verdict } from "./admission.ts";
 import { type Changes, openChanges } from "./changes.ts";
@@ -31,14 +29,15 @@ import {
   sizeOption,
   usage,
 } from "./command.ts";
-import { accept, type Certificate, type Connection, formatAddress, isLoopback, listen } from "./connection.ts";
+import { accept, type Connection, formatAddress, isLoopback, listen } from "./connection.ts";
 import { log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
 import { DEFAULT_PORT, encodeError, MAX_HELLO_BYTES, quote, RepriseError } from "./protocol.ts";
+import { readSecrets, type Secrets } from "./secrets.ts";
 import { Session, type Settings, STAGED_DESCRIPTORS, uploadPool, type Worker } from "./session.ts";
 import { openFolder } from "./storage.ts";
 import { notify, notifyReloading } from "./systemd.ts";
-import { readTokens, Tokens, token } from "./tokens.ts";
+import { Tokens, token } from "./tokens.ts";
 
 /** The wait before a worker that lived shorter than this is started again: none at first, then this, doubled each time. */
 const YOUNG_MS = 1_000;
@@ -56,29 +55,29 @@ const TURN_AWAY_MS = 5_000;
 const OWN_DESCRIPTORS = 64 + MAX_TURNED_AWAY;
 /** Of each connection: its socket, and the file that it is about. */
 const DESCRIPTORS_EACH = 2;
-/** And where tokens have folders: the folder, to read and to write. */
-const FOLDER_DESCRIPTORS = 2;
 /** How long a stopping process waits for what it has told to end. */
 const STOP_MS = 800;
 
 /** A worker looks this often for what uploads that were given up have left. */
 const SWEEP_MS = 3600 * 1000;
 
-/** From the supervisor to a worker: end when what runs has ended; end now; read tokens and certificate again. */
-type Order = "drain" | "stop" | "reload";
+/** From the supervisor to a worker: end when what runs has ended; end now; use these from now on, at first to begin. */
+type Order = "drain" | "stop" | { secrets: Secrets };
 
 // ---------------------------------------------------------------------------------------------------- worker
 
-/** Listens and serves until a signal comes or the supervisor is gone. */
+/** Serves until a signal comes or the supervisor is gone, once that has said with which secrets. */
 function work(settings: Settings): void {
   const worker: Worker = {
     settings,
     root: openFolder(settings.root),
     changes: settings.writable ? openChanges(settings.root, settings) : undefined,
     gate: new Gate((question) => process.send?.(question)),
-    ...readSecrets(settings),
+    tokens: undefined,
+    certificate: undefined,
     sessions: new Set(),
     entering: 0,
+    denials: 0,
     startedAt: Date.now(),
     draining: false,
     stopping: false,
@@ -86,8 +85,34 @@ function work(settings: Settings): void {
   };
   const { changes } = worker;
   if (changes && settings.worker === 1) sweepNowAndThen(changes, settings);
+  let listener: TCPSocketListener<Connection> | undefined;
+  const stopNow = () => {
+    listener?.stop();
+    for (const session of worker.sessions) session.close();
+    worker.root.close();
+    process.exit(0);
+  };
+  // A signal to the whole group comes here as well as to the supervisor: only what it then says counts.
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
+  process.on("message", (message: Order | Reply) => {
+    if (message === "stop") return stopNow();
+    if (message === "drain") return void drain(worker, listener, stopNow);
+    if ("reply" in message) return worker.gate.onReply(message);
+    const { tokens, certificate } = message.secrets;
+    worker.tokens = tokens && new Tokens(tokens);
+    worker.certificate = certificate;
+    if (listener) return;
+    listener = startToListen(worker);
+    process.send?.("ready");
+  });
+  // The supervisor is gone, however it ended.
+  process.on("disconnect", stopNow);
+}
+
+function startToListen(worker: Worker): TCPSocketListener<Connection> {
+  const { settings } = worker;
   const turnedAway = new Set<Connection>();
-  const listener = accept({
+  return accept({
     host: settings.host,
     port: settings.port,
     maxLength: MAX_HELLO_BYTES,
@@ -98,64 +123,6 @@ function work(settings: Settings): void {
     certificate: settings.tls && (() => worker.certificate!),
     onConnection: (connection) => letIn(worker, connection, turnedAway).catch((error) => logBug(settings, error)),
   });
-
-  const stopNow = () => {
-    listener.stop();
-    for (const session of worker.sessions) session.close();
-    worker.root.close();
-    process.exit(0);
-  };
-  // A signal to the whole group comes here as well as to the supervisor: only what it then says counts.
-  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
-  process.on("message", (message: Order | Reply) => {
-    if (typeof message === "object") worker.gate.onReply(message);
-    else if (message === "reload") reload(worker);
-    else if (message === "stop") stopNow();
-    else drain(worker, listener, stopNow);
-  });
-  // The supervisor is gone, however it ended.
-  process.on("disconnect", stopNow);
-  process.send?.("ready");
-}
-
-/** What is read when the server starts, and again on SIGHUP. Throws `local` and `usage`. */
-function readSecrets({ tokens, tls }: Omit<Settings, "worker">): Pick<Worker, "tokens" | "certificate"> {
-  return {
-    tokens: tokens === undefined ? undefined : new Tokens(readTokens(tokens)),
-    certificate: tls && readCertificate(tls),
-  };
-}
-
-function readCertificate({ cert, key }: Certificate): Certificate {
-  const [chain, secret] = [readText(cert), readText(key)];
-  try {
-    if (new X509Certificate(chain).checkPrivateKey(createPrivateKey(secret))) {
-      // As each connection will, of the whole chain: a file of which the end is missing is found now.
-      createSecureContext({ cert: chain, key: secret });
-      return { cert: chain, key: secret };
-    }
-  } catch (error) {
-    const what = `${quote(cert)} and ${quote(key)} are no certificate and key in PEM: ${(error as Error).message}`;
-    throw new RepriseError("usage", what, error);
-  }
-  throw new RepriseError("usage", `${quote(key)} is not the key of the certificate ${quote(cert)}`);
-}
-
-function readText(path: string): string {
-  try {
-    return readFileSync(path, "utf8");
-  } catch (error) {
-    throw new RepriseError("local", `cannot read ${quote(path)}: ${(error as NodeJS.ErrnoException).code}`, error);
-  }
-}
-
-/** The supervisor has read the same a moment ago: what is wrong only now leaves the old in use. */
-function reload(worker: Worker): void {
-  try {
-    Object.assign(worker, readSecrets(worker.settings));
-  } catch (error) {
-    log(worker.settings, { event: "reload", status: error instanceof RepriseError ? error.code : "failed" });
-  }
 }
 
 function sweepNowAndThen(changes: Changes, settings: Settings): void {
@@ -193,16 +160,23 @@ async function turnAway(
   turnedAway.add(connection);
   connection.timeoutMs = Math.min(TURN_AWAY_MS, settings.idleMs);
   const text = verdict === "full" ? undefined : "too many connections from your address";
-  await connection.send(encodeError(new RepriseError("busy", text)));
-  await connection.finish();
-  turnedAway.delete(connection);
+  try {
+    await connection.send(encodeError(new RepriseError("busy", text)));
+    await connection.finish();
+  } finally {
+    turnedAway.delete(connection);
+  }
 }
 
-async function drain(worker: Worker, listener: TCPSocketListener<Connection>, stopNow: () => void): Promise<void> {
+async function drain(
+  worker: Worker,
+  listener: TCPSocketListener<Connection> | undefined,
+  stopNow: () => void,
+): Promise<void> {
   worker.draining = true;
-  listener.stop();
+  listener?.stop();
   for (const session of worker.sessions) session.drain();
-  const none = () => worker.sessions.size === 0;
+  const none = () => worker.sessions.size + worker.entering === 0;
   await waitUntil(none, worker.settings.graceMs);
   worker.stopping = true;
   await waitUntil(none, STOP_MS);
@@ -220,6 +194,7 @@ async function waitUntil(condition: () => boolean, ms: number): Promise<void> {
 /** Starts the workers and keeps them going until a signal comes; resolves with the exit status. */
 class Supervisor {
   readonly #settings: Omit<Settings, "worker">;
+  #secrets: Secrets;
   readonly #workers = new Map<number, Subprocess>();
   readonly #done = Promise.withResolvers<number>();
   readonly #admission: Admission;
@@ -230,8 +205,10 @@ class Supervisor {
   #youngDeaths = 0;
   #failedStarts = 0;
 
+  /** Throws as `readSecrets`. */
   constructor(settings: Omit<Settings, "worker">) {
     this.#settings = settings;
+    this.#secrets = readSecrets(settings);
     this.#admission = new Admission(settings);
   }
 
@@ -278,6 +255,7 @@ class Supervisor {
       },
     });
     this.#workers.set(number, child);
+    tell(child, { secrets: this.#secrets });
     if (this.#stopping) child.kill("SIGKILL");
     return promise;
   }
@@ -292,7 +270,7 @@ class Supervisor {
   /** Every worker takes them in between two connections: none is refused meanwhile, none is cut. */
   #reload(): void {
     try {
-      readSecrets(this.#settings);
+      this.#secrets = readSecrets(this.#settings);
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
       say("error", `${error.message}; what was read before stays in use`);
@@ -301,7 +279,7 @@ class Supervisor {
     // Whoever has not yet been told that it is ready must not be told so by this.
     const isTold = this.#isReady && !this.#stopping;
     if (isTold) notifyReloading();
-    for (const child of this.#workers.values()) tell(child, "reload");
+    for (const child of this.#workers.values()) tell(child, { secrets: this.#secrets });
     if (isTold) this.#told = notify("READY=1");
     log({ ...this.#settings, worker: 0 }, { event: "reload", status: "ok" });
   }
@@ -462,7 +440,6 @@ export const main = command({
   async run({ args }) {
     const settings = settingsFrom(args as unknown as Args);
     openFolder(settings.root).close();
-    readSecrets(settings);
     if (settings.writable) checkWritable(settings.root);
     try {
       process.exitCode = await new Supervisor(settings).run();
@@ -528,8 +505,7 @@ function connectionsOf(args: Args, workers: number): Pick<Settings, "maxConnecti
   const wanted = numberOption(args, "max-connections", { min: 1, max: 1_000_000 });
   const limit = Number(/Max open files\s+(\d+)/.exec(readFileSync("/proc/self/limits", "utf8"))?.[1] ?? 1024);
   const own = OWN_DESCRIPTORS + (args.writable === true ? STAGED_DESCRIPTORS : 0);
-  const each = DESCRIPTORS_EACH + (args.tokens === undefined ? 0 : FOLDER_DESCRIPTORS);
-  const maxOfWorker = Math.max(1, Math.floor((limit - own) / each));
+  const maxOfWorker = Math.max(1, Math.floor((limit - own) / DESCRIPTORS_EACH));
   const maxConnections = Math.min(wanted, maxOfWorker * workers);
   if (maxConnections < wanted)
     say(

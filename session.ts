@@ -7,7 +7,7 @@
  */
 import type { Gate } from "./admission.ts";
 import { type Change, type Changes, Upload } from "./changes.ts";
-import { type Certificate, ChunkSize, type Connection, isLoopback, Pace, sleep } from "./connection.ts";
+import { type Certificate, ChunkSize, type Connection, isLoopback, Pace } from "./connection.ts";
 import { type LogFields, type LogFormat, log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
 import {
@@ -42,6 +42,7 @@ import {
   TAKES_FILE,
   UNKNOWN_SIZE,
 } from "./protocol.ts";
+import type { SecretFiles } from "./secrets.ts";
 import type { OpenFile, Root } from "./storage.ts";
 import type { Token, Tokens } from "./tokens.ts";
 
@@ -57,12 +58,16 @@ const MAX_GROUP = 256;
 const MAX_STAGED = 512;
 /** Descriptors that a worker may so have open besides those of its connections. */
 export const STAGED_DESCRIPTORS = MAX_STAGED + MAX_GROUP;
+/** Statuses of requests that may come in any number from who may not make them: they are logged as refusals. */
+const REFUSALS: ReadonlySet<string> = new Set(["denied", "read_only", "bad_name", "refused"]);
 /** A peer that waits for its answer is told so this often. */
 const WAIT_MS = 1_000;
 /** Whoever connects has to say so long after that who it is; less, where `--idle-timeout` is. */
 const HELLO_MS = 15_000;
+/** Refused tokens of one worker whose answers wait; further ones are told `busy` at once, so that they hold no place. */
+const MAX_DENIALS = 64;
 /** What a worker is told by the supervisor, as JSON in the environment variable REPRISE_WORKER. */
-export interface Settings {
+export interface Settings extends SecretFiles {
   worker: number;
   workers: number;
   root: string;
@@ -88,10 +93,6 @@ export interface Settings {
   maxList: number;
   /** Who needs no token may write from other machines as well. */
   anonymousWrite: boolean;
-  /** The file of tokens; without it nobody needs one. */
-  tokens?: string | undefined;
-  /** The files of certificate and key. */
-  tls?: { cert: string; key: string } | undefined;
   log: LogFormat;
 }
 
@@ -102,7 +103,9 @@ export interface Worker {
   /** Undefined where the root is not to be written. */
   readonly changes: Changes | undefined;
   readonly gate: Gate;
-  /** Undefined where nobody needs one. Both are read anew on SIGHUP. */
+  /** Refusals whose answer waits. */
+  denials: number;
+  /** Undefined where nobody needs one. Both may be others after SIGHUP. */
   tokens: Tokens | undefined;
   certificate: Certificate | undefined;
   readonly sessions: Set<Session>;
@@ -171,9 +174,7 @@ export class Session {
   }
 
   #leave(): void {
-    const { root, changes, sessions, gate } = this.#worker;
-    if (this.#root !== root) this.#root.close();
-    if (this.#changes !== changes) this.#changes?.close();
+    const { sessions, gate } = this.#worker;
     sessions.delete(this);
     gate.leave(this.#peer);
   }
@@ -207,7 +208,7 @@ export class Session {
         continue;
       }
       const request = decodeRequest(frame);
-      if (this.#token && !this.#worker.tokens?.holds(this.#token)) throw await this.#denial();
+      if (!this.#isStillAllowed) throw await this.#denial();
       this.#state = "answering";
       if (request.action === "get" && this.#answerNow(request)) {
         if (this.#isFull) await this.#connection.flush();
@@ -290,25 +291,40 @@ export class Session {
   async #admit(text: string): Promise<void> {
     const { tokens, root, changes } = this.#worker;
     if (!tokens) return;
-    const token = tokens.find(text);
+    this.#token = tokens.find(text);
+    if (!this.#token || !this.#isStillAllowed) throw await this.#denial();
+    const { folder } = this.#token;
+    if (folder === "") return;
     try {
-      if (!token) throw new RepriseError("denied");
-      if (token.folder !== "") {
-        this.#root = root.beneath(token.folder);
-        this.#changes = changes?.beneath(token.folder);
-      }
+      this.#root = root.beneath(folder);
+      this.#changes = changes?.beneath(folder);
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
+      // That may be right again in a moment.
+      if (error.code === "failed") throw new RepriseError("busy");
       throw await this.#denial();
     }
-    this.#token = token;
   }
 
-  /** [access] One answer for all that is not allowed, so that it does not tell why; the more failures, the later. */
+  get #isStillAllowed(): boolean {
+    return !this.#token || this.#worker.tokens?.holds(this.#token) === true;
+  }
+
+  /**
+   * [access] One answer for all that is not allowed, so that it does not tell why; the more failures, the later. Whoever
+   * does not wait for it holds no place meanwhile, and nothing that comes meanwhile is kept.
+   */
   async #denial(): Promise<RepriseError> {
-    await this.#apply();
-    await this.#connection.flush();
-    await sleep(await this.#worker.gate.failed(this.#peer));
+    const worker = this.#worker;
+    if (worker.denials >= MAX_DENIALS) return new RepriseError("busy");
+    worker.denials++;
+    try {
+      await this.#apply();
+      await this.#connection.flush();
+      await this.#connection.ignore(await worker.gate.failed(this.#peer));
+    } finally {
+      worker.denials--;
+    }
     return new RepriseError("denied", "access denied: this needs a token that allows it (--token-file)");
   }
 
@@ -349,7 +365,9 @@ export class Session {
       offset?: number;
     };
     const ms = Math.round(performance.now() - startedAt);
-    this.#log({ event: request.action, path, offset, bytes, ms, status });
+    const line = { event: request.action, path, offset, bytes, ms, status, ...this.#who };
+    if (REFUSALS.has(status)) logRefusal(this.#worker.settings, line);
+    else log(this.#worker.settings, line);
   }
 
   async #perform(request: Exclude<Request, ChangeRequest>): Promise<void> {
@@ -434,6 +452,7 @@ export class Session {
         upload.drop();
         throw new RepriseError("refused", `refused: ${quote(path)} ended at byte ${upload.bytes}, not as announced`);
       }
+      if (!this.#isStillAllowed) throw await this.#denial();
       this.#bytes += content.content.length;
       if (offset + this.#bytes > size) {
         upload.drop();
@@ -626,7 +645,7 @@ export class Session {
     const { code } = asReprise(error);
     if (!(error instanceof RepriseError)) logBug(this.#worker.settings, error);
     if (this.#state !== "answering" && code !== "lost")
-      logRefusal(this.#worker.settings, { status: code, peer: this.#peer, token: this.#token?.name });
+      logRefusal(this.#worker.settings, { status: code, ...this.#who });
     if (ERRORS[code].closes && code !== "lost" && code !== "timeout") {
       await this.#connection.send(encodeError(asReprise(error))).catch(() => {});
       await this.#end();
@@ -638,8 +657,8 @@ export class Session {
     await this.#connection.finish();
   }
 
-  #log(fields: LogFields): void {
-    log(this.#worker.settings, { ...fields, peer: this.#peer, token: this.#token?.name });
+  get #who(): Pick<LogFields, "peer" | "token"> {
+    return { peer: this.#peer, token: this.#token?.name };
   }
 }
 

@@ -61,7 +61,10 @@ export interface Root {
    * be had without holding up others, however deep, with one descriptor. Throws `not_a_folder`.
    */
   list(path: string, recursive: boolean): AsyncIterable<Entry[]>;
-  /** One of its folders as a root of its own; the caller closes it. Throws `not_a_folder`. */
+  /**
+   * One of its folders as a root of its own: whatever folder has that name at the moment. Not to be closed, and of no use
+   * when this is. Throws `not_a_folder`.
+   */
   beneath(path: string): Root;
   close(): void;
 }
@@ -100,12 +103,15 @@ export function isHidden(name: string): boolean {
 
 class FolderRoot implements Root {
   readonly #fd: number;
+  /** The folder in it that this is about; "" for itself. */
+  readonly #folder: string;
   readonly #device: bigint;
   /** There is no disk to wait for. */
   readonly #inMemory: boolean;
 
-  constructor(fd: number) {
+  constructor(fd: number, folder = "") {
     this.#fd = fd;
+    this.#folder = folder;
     this.#device = fstatSync(fd, { bigint: true }).dev;
     this.#inMemory = isInMemory(fd);
   }
@@ -192,7 +198,8 @@ class FolderRoot implements Root {
   }
 
   beneath(path: string): Root {
-    return new FolderRoot(this.#openFolder(path));
+    closeSync(this.#openFolder(path));
+    return new FolderRoot(this.#fd, join(this.#folder, path));
   }
 
   #openFolder(path: string): number {
@@ -210,7 +217,7 @@ class FolderRoot implements Root {
   }
 
   #locate(path: string): number {
-    return locate(this.#fd, path);
+    return locateIn(this.#fd, this.#folder, path);
   }
 }
 
@@ -321,6 +328,25 @@ export function locate(root: number, path: string): number {
   const fd = locateBeneath(root, path) ?? walkBeneath(root, segments);
   if (fd < 0) throw errorFor(-fd, path);
   return fd;
+}
+
+/** The same in a folder beneath `root`. Nothing that is said of it names the folder. */
+export function locateIn(root: number, folder: string, path: string): number {
+  if (folder === "") return locate(root, path);
+  const at = locateFolder(root, folder, path);
+  try {
+    return locate(at, path);
+  } finally {
+    closeSync(at);
+  }
+}
+
+function locateFolder(root: number, folder: string, path: string): number {
+  try {
+    return locate(root, folder);
+  } catch (error) {
+    throw error instanceof RepriseError && error.code !== "failed" ? notFound(path) : error;
+  }
 }
 
 /** openat2: the kernel resolves beneath the root. Undefined where there is no such call, or not for such a path. */

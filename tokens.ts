@@ -9,7 +9,18 @@
  * time, so that the time of an answer tells nothing either.
  */
 import { createHash, randomBytes, timingSafeEqual } from "node:crypto";
-import { closeSync, fsyncSync, openSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  fchmodSync,
+  fchownSync,
+  fstatSync,
+  fsyncSync,
+  openSync,
+  readFileSync,
+  renameSync,
+  type Stats,
+  writeFileSync,
+} from "node:fs";
 import { dirname } from "node:path";
 import { command, print, say, usage } from "./command.ts";
 import { Held, openLocked, removeIfThere, unlock } from "./disk.ts";
@@ -40,24 +51,29 @@ const NAME = /^[\w.@-]{1,64}$/;
 /** What a server knows of tokens, until it reads the file again. */
 export class Tokens {
   readonly #tokens: readonly { token: Token; digest: Buffer }[];
+  /** These, and those of an earlier reading that were found to be the same. */
+  readonly #known: WeakSet<Token>;
 
   constructor(tokens: readonly Token[]) {
     this.#tokens = tokens.map((token) => ({ token, digest: Buffer.from(token.sha256, "hex") }));
+    this.#known = new WeakSet(tokens);
   }
 
-  /** The token that was presented; undefined if it is not known or has expired. */
+  /** The token that was presented, if it is known: see `hasExpired`. */
   find(text: string): Token | undefined {
     const digest = digestOf(text);
     let found: Token | undefined;
     for (const entry of this.#tokens) if (timingSafeEqual(entry.digest, digest)) found = entry.token;
-    return found && !hasExpired(found) ? found : undefined;
+    return found;
   }
 
   /** Whether a token that was found, perhaps by another reading of the file, still stands for the same. */
   holds(token: Token): boolean {
-    return (
-      !hasExpired(token) && this.#tokens.some((entry) => entry.token === token || Bun.deepEquals(entry.token, token))
-    );
+    if (hasExpired(token)) return false;
+    if (this.#known.has(token)) return true;
+    const isSame = this.#tokens.some((entry) => Bun.deepEquals(entry.token, token));
+    if (isSame) this.#known.add(token);
+    return isSame;
   }
 }
 
@@ -100,7 +116,7 @@ export function removeToken(path: string, name: string): void {
   });
 }
 
-function hasExpired({ expires }: Token): boolean {
+export function hasExpired({ expires }: Token): boolean {
   return expires !== undefined && Date.parse(expires) <= Date.now();
 }
 
@@ -113,7 +129,7 @@ function change(path: string, make: (tokens: Token[]) => Token[]): void {
   let lock: number | undefined;
   try {
     lock = openLocked(path, 0o600);
-    replace(path, make(parseTokens(readFileSync(lock, "utf8"), path)));
+    replace(path, make(parseTokens(readFileSync(lock, "utf8"), path)), fstatSync(lock));
   } catch (error) {
     if (error instanceof RepriseError) throw error;
     const why = error instanceof Held ? error.message : (error as NodeJS.ErrnoException).code;
@@ -127,11 +143,11 @@ function change(path: string, make: (tokens: Token[]) => Token[]): void {
 }
 
 /** For who has the lock: what has the temporary name then is of nobody who is still at work. */
-function replace(path: string, tokens: Token[]): void {
+function replace(path: string, tokens: Token[], before: Stats): void {
   const temporary = `${path}.new`;
   removeIfThere(temporary);
   try {
-    writeSynced(temporary, `${JSON.stringify({ tokens }, undefined, 2)}\n`);
+    writeSynced(temporary, `${JSON.stringify({ tokens }, undefined, 2)}\n`, before);
     renameSync(temporary, path);
   } catch (error) {
     removeIfThere(temporary);
@@ -140,10 +156,16 @@ function replace(path: string, tokens: Token[]): void {
   syncFolder(dirname(path));
 }
 
-/** All of it, or an error: on a full disk a single write may well end early and say nothing. */
-function writeSynced(path: string, text: string): void {
+/**
+ * All of it, or an error: on a full disk a single write may well end early and say nothing. Who could read the file before,
+ * such as a server that runs as another user, can read it afterwards.
+ */
+function writeSynced(path: string, text: string, { mode, uid, gid }: Stats): void {
   const fd = openSync(path, "wx", 0o600);
   try {
+    const own = fstatSync(fd);
+    if (own.uid !== uid || own.gid !== gid) fchownSync(fd, uid, gid);
+    fchmodSync(fd, mode & 0o777);
     writeFileSync(fd, text);
     fsyncSync(fd);
   } finally {
@@ -153,8 +175,11 @@ function writeSynced(path: string, text: string): void {
 
 function syncFolder(path: string): void {
   const fd = openSync(path, "r");
-  fsyncSync(fd);
-  closeSync(fd);
+  try {
+    fsyncSync(fd);
+  } finally {
+    closeSync(fd);
+  }
 }
 
 /** An empty file has no tokens, and lets nobody in. */
@@ -202,7 +227,7 @@ const add = command({
   args: {
     name: { type: "positional", required: true, description: "What the token is called in the list and in the log" },
     access: { type: "string", valueHint: ACCESSES.join("|"), description: "What it allows" },
-    folder: { type: "string", default: "", valueHint: "dir", description: "What its holder sees as the root" },
+    folder: { type: "string", valueHint: "dir", description: "What its holder sees as the root" },
     expires: { type: "string", valueHint: "time", description: "12h, 30d: how long it is good for" },
     ...file,
   },
@@ -211,7 +236,9 @@ const add = command({
     const { name, access, folder, expires, tokens } = args as unknown as Record<string, string | undefined>;
     if (!ACCESSES.includes(access as Access))
       throw usage(`--access takes ${ACCESSES.join(", ")}, not ${quote(access ?? "")}`);
-    const entry = { name: name!, access: access as Access, folder: folder!.replace(/\/+$/, "") };
+    // An empty one is rather a variable that is not set than the wish to give away everything.
+    if (folder !== undefined && /^\/*$/.test(folder)) throw usage("--folder is empty; leave it out for the whole root");
+    const entry = { name: name!, access: access as Access, folder: folder?.replace(/\/+$/, "") ?? "" };
     const text = addToken(tokens!, { ...entry, ...(expires !== undefined && { expires: expiryOf(expires) }) });
     await print(text);
     say("info", `only its hash is in ${quote(tokens!)}: keep it now; a running server takes it in on SIGHUP`);
