@@ -520,22 +520,22 @@ export interface AcceptOptions extends ConnectionOptions {
 export function accept(options: AcceptOptions): TCPSocketListener<Connection> {
   const { host: hostname, port, certificate, onConnection } = options;
   // One that was reset while it waited to be accepted has no address any more: there is nobody to count or to answer.
-  const opened = (serve: (socket: BunSocket<Connection>) => void) => (socket: BunSocket<Connection>) =>
-    socket.remoteAddress === undefined ? socket.terminate() : serve(socket);
+  const arrive = (connection: Connection) =>
+    connection.peer === undefined ? connection.close() : onConnection(connection);
   const plain: SocketHandler<Connection> = {
     ...Connection.handlers,
-    open: opened((socket) => onConnection(new Connection(socket, options))),
+    open: (socket) => arrive(new Connection(socket, options)),
   };
   // Without `data`, which would be given everything once more as it travels.
   const tls: SocketHandler<Connection> = {
     drain() {},
-    open: opened((socket) => encrypt(socket, certificate!(), options)),
+    open: (socket) => arrive(encrypt(socket, certificate!(), options)),
   };
   return listen<Connection>({ hostname, port, reusePort: true, socket: certificate ? tls : plain });
 }
 
 /** The connection waits in `next()` while the handshake goes on, and has no more time for it than for a frame. */
-function encrypt(socket: BunSocket<Connection>, certificate: Certificate, options: AcceptOptions): void {
+function encrypt(socket: BunSocket<Connection>, certificate: Certificate, options: AcceptOptions): Connection {
   const tls = { ...certificate, isServer: true, minVersion: LEAST_TLS };
   const [, encrypted] = socket.upgradeTLS<Connection>({
     isServer: true,
@@ -549,7 +549,7 @@ function encrypt(socket: BunSocket<Connection>, certificate: Certificate, option
       },
     },
   } as Parameters<typeof socket.upgradeTLS<Connection>>[0]);
-  options.onConnection(new Connection(encrypted, { ...options, encrypted: true }));
+  return new Connection(encrypted, { ...options, encrypted: true });
 }
 
 export interface ConnectOptions extends ConnectionOptions {
