@@ -88,6 +88,8 @@ export class Connection {
   #closed = false;
   /** Set from our side: overrides everything, also input that has come. */
   #failure: RepriseError | undefined;
+  /** A server's TLS handshake is not over: nothing can be said yet. */
+  isShaking = false;
   /** The last frame was a large one, and the next may be expected to be. */
   #streaming = false;
   #flushing: Promise<void> | undefined;
@@ -545,11 +547,14 @@ function encrypt(socket: BunSocket<Connection>, certificate: Certificate, option
       handshake(socket, done, error) {
         // One who only looks whether somebody listens has gone by now.
         const hasGone = (error as NodeJS.ErrnoException | null)?.code === "ECONNRESET";
-        if (!done) socket.data.fail(new RepriseError(hasGone ? "lost" : "bad_frame", "no TLS was to be had", error));
+        if (done) socket.data.isShaking = false;
+        else socket.data.fail(new RepriseError(hasGone ? "lost" : "bad_frame", "no TLS was to be had", error));
       },
     },
   } as Parameters<typeof socket.upgradeTLS<Connection>>[0]);
-  return new Connection(encrypted, { ...options, encrypted: true });
+  const connection = new Connection(encrypted, { ...options, encrypted: true });
+  connection.isShaking = true;
+  return connection;
 }
 
 export interface ConnectOptions extends ConnectionOptions {

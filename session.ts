@@ -646,7 +646,9 @@ export class Session {
     if (!(error instanceof RepriseError)) logBug(this.#worker.settings, error);
     if (this.#state !== "answering" && code !== "lost")
       logRefusal(this.#worker.settings, { status: code, ...this.#who });
-    if (ERRORS[code].closes && code !== "lost" && code !== "timeout") {
+    // Who had all the time for the TLS handshake gets no more of it to be told so.
+    const isHeard = code !== "lost" && code !== "timeout" && !(code === "idle" && this.#connection.isShaking);
+    if (ERRORS[code].closes && isHeard) {
       await this.#connection.send(encodeError(asReprise(error))).catch(() => {});
       await this.#end();
     } else this.#connection.close();
