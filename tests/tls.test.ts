@@ -1134,6 +1134,9 @@ describeTls("a server with TLS", () => {
     idle.on("data", (bytes) => {
       text += bytes.toString("latin1");
     });
+    // One that the worker does not know yet would only be closed.
+    idle.write(encodeHello());
+    await waitFor("it is greeted", () => text !== "");
     const stopped = server.stop("SIGTERM");
     for (let part = await reader.read(); !part.done; part = await reader.read()) bytes += part.value.length;
     expect([await child.exited, bytes, await stopped]).toEqual([0, 2_000_000, 0]);
