@@ -25,6 +25,8 @@ import { mountDisk, whyNoDisk } from "./ext4.ts";
 setDefaultTimeout(TEST_MS);
 
 const KIB = 1024;
+/** All of the small disk may be used. */
+const WRITABLE = ["--writable", "--keep-free", "0"];
 const BIG = randomBytes(3_000 * KIB);
 /** In the blocks of the shell that runs it, 512 or 1024 bytes each: less than BIG in either. */
 const FILE_LIMIT = "ulimit -f 1000";
@@ -157,7 +159,7 @@ test.skipIf(noDisk !== undefined)(
   async () => {
     await using disk = await mountDisk("8M");
     using local = makeRoot({ big: BIG, ...manyFiles(40, 100 * KIB) });
-    await using server = await startServer(disk.path, { args: ["--writable"] });
+    await using server = await startServer(disk.path, { args: WRITABLE });
     const put = (...args: string[]) => runClient(server.address, ["put", ...args], { cwd: local.path });
     const filler = join(disk.path, "filler");
     writeFileSync(filler, new Uint8Array(4_500 * KIB));
@@ -181,7 +183,7 @@ test.skipIf(noDisk !== undefined)(
     await using disk = await mountDisk("8M", "-N", "32");
     using local = makeRoot(manyFiles(60));
     mkdirSync(join(disk.path, "t"));
-    await using server = await startServer(disk.path, { args: ["--writable"] });
+    await using server = await startServer(disk.path, { args: WRITABLE });
     const put = () => runClient(server.address, ["put", "-r", "t"], { cwd: local.path });
     const run = await put();
     expect(run.status).toBe(9);

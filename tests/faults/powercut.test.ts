@@ -23,6 +23,8 @@ setDefaultTimeout(ROUNDS * TEST_MS);
 const missing = await whyNoDisk();
 if (missing) console.log(`skipped: the power cut: ${missing}`);
 
+/** All of the small disk may be used. */
+const WRITABLE = ["--writable", "--keep-free", "0"];
 /** Each works in a folder of its own, one change after the other. */
 const LANES = 6;
 /** Changes acknowledged before the cut, over all lanes. */
@@ -260,7 +262,7 @@ test.skipIf(missing !== undefined).each(Array.from({ length: ROUNDS }, (_, index
     let round: Round;
     let control = "";
     {
-      await using server = await startServer(disk.path, { args: ["--writable"] });
+      await using server = await startServer(disk.path, { args: WRITABLE });
       round = new Round(server.address, seed);
       await round.run(() => {
         control = writeControl(disk);
@@ -277,7 +279,7 @@ test.skipIf(missing !== undefined).each(Array.from({ length: ROUNDS }, (_, index
 /** A server goes on with what is left. */
 async function expectUsable(disk: Disk): Promise<void> {
   using local = temporaryFolder();
-  await using server = await startServer(disk.path, { args: ["--writable"] });
+  await using server = await startServer(disk.path, { args: WRITABLE });
   writeFileSync(join(local.path, "again"), randomBytes(MAX_BYTES));
   expect(await runClient(server.address, ["put", "again"], { cwd: local.path })).toMatchObject({ status: 0 });
   expect(hashOf(readFileSync(join(disk.path, "again")))).toBe(hashOf(randomBytes(MAX_BYTES)));
