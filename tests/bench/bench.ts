@@ -100,8 +100,8 @@ export interface Peer extends AsyncDisposable {
   port: number;
 }
 
-/** nginx on a free port, with a configuration of its own in `folder`. */
-export async function startNginx(root: string, folder: string): Promise<Peer> {
+/** nginx on a free port, with a configuration of its own in `folder`, and over TLS with a certificate. */
+export async function startNginx(root: string, folder: string, tls?: { cert: string; key: string }): Promise<Peer> {
   const port = freePort();
   writeFileSync(
     join(folder, "nginx.conf"),
@@ -110,12 +110,16 @@ export async function startNginx(root: string, folder: string): Promise<Peer> {
      http { sendfile on; tcp_nopush on; access_log off;
        client_body_temp_path ${folder}; proxy_temp_path ${folder}; fastcgi_temp_path ${folder};
        uwsgi_temp_path ${folder}; scgi_temp_path ${folder};
-       server { listen 127.0.0.1:${port}; root ${root}; } }`,
+       server { listen 127.0.0.1:${port}${tls ? " ssl" : ""}; root ${root}; ${certificateFor(tls)} } }`,
   );
   // Its workers give up being root, and must still be able to read.
   Bun.spawnSync(["chmod", "-R", "a+rX", folder, root]);
   const log = join(folder, "nginx.log");
   return startPeer(["nginx", "-c", join(folder, "nginx.conf"), "-p", folder, "-e", log], port);
+}
+
+function certificateFor(tls: { cert: string; key: string } | undefined): string {
+  return tls ? `ssl_certificate ${tls.cert}; ssl_certificate_key ${tls.key}; ssl_protocols TLSv1.3;` : "";
 }
 
 /** rsync's daemon on a free port, with `root` as its module `served`, to read and to write. */

@@ -16,6 +16,7 @@ import { cpus } from "node:os";
 import { join } from "node:path";
 import { formatSize } from "../../command.ts";
 import { encodeHello, encodeRequest, TO_THE_END } from "../../protocol.ts";
+import { authority, hasOpenssl, pair } from "../certificates.ts";
 import {
   peakResidentBytes,
   residentBytes,
@@ -120,6 +121,7 @@ const curl = (name: string, output: string) =>
 
 const table = new Table();
 const toNull: Work = { name: "to /dev/null", amount: SIZE, unit: "bytes" };
+const overTls: Work = { name: "to /dev/null over TLS", amount: SIZE, unit: "bytes" };
 const toFile: Work = { name: "to a file on tmpfs", amount: SIZE, unit: "bytes" };
 const small: Work = { name: "4 KiB, whole process" };
 
@@ -129,6 +131,7 @@ for (let round = 0; round < ROUNDS; round++) {
   if (other) table.record(toNull, "curl from nginx", await curl("big", "/dev/null"));
   if (versions.iperf3) table.record(toNull, "iperf3", SIZE / (await iperf()));
 }
+if (hasOpenssl) await compareTls();
 for (let round = 0; round < ROUNDS; round++) {
   for (const [name, run] of [
     ["reprise", reprise],
@@ -152,6 +155,21 @@ console.log(
   `Worker memory with ${SLOW_READERS} readers at ${formatSize(SLOW_RATE)}/s of a 100 MB file: ${formatSize(worker)}`,
 );
 await other?.[Symbol.asyncDispose]();
+
+async function compareTls(): Promise<void> {
+  const certificate = pair("good");
+  await using server = await startServer(root, { args: certificate.args });
+  using folder = temporaryFolder();
+  await using nginx = other && (await startNginx(root, folder.path, certificate));
+  const ca = authority();
+  for (let round = 0; round < ROUNDS; round++) {
+    const ours = client("get", "big", "-o", "/dev/null", "-q", "--ca", ca);
+    table.record(overTls, "reprise", await time(ours, { REPRISE_SERVER: server.address }));
+    const url = `https://127.0.0.1:${nginx?.port}/big`;
+    if (nginx)
+      table.record(overTls, "curl from nginx", await time(["curl", "-sS", "--cacert", ca, "-o", "/dev/null", url]));
+  }
+}
 
 async function peakMemory(args: string[]): Promise<number> {
   const child = Bun.spawn(client(...args), { env: { ...process.env, REPRISE_SERVER: server.address } });
