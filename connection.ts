@@ -580,8 +580,9 @@ export async function connect(options: ConnectOptions): Promise<Connection> {
   let opened: BunSocket<Connection> | undefined;
   const refuse = (error: unknown) => {
     given = true;
-    opened?.terminate();
     reject(error);
+    // Last, for this calls `close` below, which has less to say.
+    opened?.terminate();
   };
   const timer = setTimeout(() => refuse(lost(`${where} does not answer for ${timeoutMs / 1000} s`)), timeoutMs);
   const abort = () => refuse(signal?.reason);

@@ -59,7 +59,7 @@ const MAX_STAGED = 512;
 /** Descriptors that a worker may so have open besides those of its connections. */
 export const STAGED_DESCRIPTORS = MAX_STAGED + MAX_GROUP;
 /** Statuses of requests that may come in any number from who may not make them: they are logged as refusals. */
-const REFUSALS: ReadonlySet<string> = new Set(["denied", "read_only", "bad_name", "refused"]);
+const REFUSALS: ReadonlySet<string> = new Set(["denied", "read_only"]);
 /** A peer that waits for its answer is told so this often. */
 const WAIT_MS = 1_000;
 /** Whoever connects has to say so long after that who it is; less, where `--idle-timeout` is. */

@@ -314,13 +314,16 @@ describe("the command line refuses, with status 2 and what was meant", () => {
   });
 });
 
-test("parseServers() takes names, ports, IPv6 and lists", () => {
+test("parseServers() takes names, ports, IPv6 and lists, and TLS for all behind the one that says so", () => {
   expect(parseServers("a,b:1,tcp://[::1]:2,[fe80::1]")).toEqual([
-    { host: "a", port: 2121 },
-    { host: "b", port: 1 },
-    { host: "::1", port: 2 },
-    { host: "fe80::1", port: 2121 },
+    { host: "a", port: 2121, tls: false },
+    { host: "b", port: 1, tls: false },
+    { host: "::1", port: 2, tls: false },
+    { host: "fe80::1", port: 2121, tls: false },
   ]);
+  const isTls = (text: string) => parseServers(text).map(({ tls }) => tls);
+  expect(isTls("TLS://a,b:1")).toEqual([true, true]);
+  expect(isTls("tls://a,tcp://b,c")).toEqual([true, false, false]);
 });
 
 describe("the server", () => {
