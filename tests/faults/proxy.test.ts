@@ -97,6 +97,7 @@ describe("the proxy", () => {
     connection.socket.write("hello");
     await waitFor("the server hears", () => server.heard().toString() === "hello");
     await waitFor("the proxy has taken all", () => proxy.sent("toClient")[0] === says.length);
+    await waitFor("what passes has come", () => connection.received().length >= 100);
     expect([connection.received().length, connection.closed()]).toEqual([100, false]);
   });
 
