@@ -14,7 +14,6 @@ import {
   constants,
   fchmodSync,
   fstatSync,
-  fsyncSync,
   ftruncateSync,
   lstatSync,
   mkdirSync,
@@ -65,9 +64,10 @@ const LOCK_LIMIT_MS = 10_000;
  * seen, so each of them may go so far beyond the limit.
  */
 const LOOK_BYTES = 4 * 1024 * 1024;
-/** Folders that all groups of a process together may have open, and so many each of them all the same. */
+/** Folders that all groups of a process together may have open; each may have those of one change all the same. */
 const MAX_OPEN_FOLDERS = 256;
-const LEAST_OPEN_FOLDERS = 8;
+/** Folders that are made with those above them can be so deep: for more, one change would hold too many of them. */
+const MAX_DEPTH = 128;
 /** What even an empty file takes of a disk. */
 const BLOCK_BYTES = 4096;
 
@@ -152,7 +152,7 @@ export class Changes {
     try {
       if (bytesKnownOf(put) > this.#limits.maxBytes) {
         // Taken when more was allowed: nobody can go on with it.
-        if (put.id !== "") sweepUpload(staged.path, Number.POSITIVE_INFINITY);
+        if (put.id !== "") removeUpload(staged.path);
         throw tooLarge(put, this.#limits.maxBytes);
       }
       return Upload.open(put, staged, this.#wrap, this.#limits);
@@ -164,16 +164,30 @@ export class Changes {
   /** Makes the changes in their order, and returns when all that succeeded are on disk. */
   async apply(changes: Change[]): Promise<Outcome[]> {
     const outcomes: Outcome[] = await this.#syncContents(changes);
+    let at = 0;
+    try {
+      while (at < changes.length) at = await this.#applyFrom(at, changes, outcomes);
+    } catch (error) {
+      // Those before are made, and stay so.
+      for (; at < changes.length; at++) outcomes[at] ??= this.#wrap(error, pathOfChange(changes[at]!));
+    }
+    return outcomes;
+  }
+
+  /** Makes as many as there are folders for, and syncs these; returns where to go on. */
+  async #applyFrom(start: number, changes: Change[], outcomes: Outcome[]): Promise<number> {
     const folders = new Folders(this.#root, this.#folder);
+    let end = start;
     try {
       const release = await this.#takeLock();
       try {
-        for (const [index, change] of changes.entries()) outcomes[index] ??= this.#make(change, folders);
+        do outcomes[end] ??= this.#make(changes[end]!, folders);
+        while (++end < changes.length && !folders.areMany);
       } finally {
         release();
       }
-      if (!this.#inMemory) await this.#syncFolders(folders, changes, outcomes);
-      return outcomes;
+      if (!this.#inMemory) await this.#syncFolders(folders, changes, outcomes, start, end);
+      return end;
     } finally {
       folders.close();
     }
@@ -202,14 +216,16 @@ export class Changes {
 
   /** Removes what nobody will go on with: of ended workers, of removed folders, and uploads that are a week old. */
   async sweep(now = Date.now()): Promise<void> {
-    for (const name of readdirSync(this.#staging)) {
-      const path = `${this.#staging}/${name}`;
-      const [kind, pid] = name.split("-");
-      // What cannot be removed keeps nothing else from it.
-      if (kind === "trash") await rm(path, { recursive: true, force: true }).catch(() => {});
-      else if (kind === "new" && !isRunning(Number(pid))) removeIfThere(path);
-      else if (kind === "put" && !name.endsWith(".lock")) sweepUpload(path, now);
-    }
+    // What cannot be removed keeps nothing else from it.
+    for (const name of readdirSync(this.#staging)) await this.#sweepOne(name, now).catch(() => {});
+  }
+
+  async #sweepOne(name: string, now: number): Promise<void> {
+    const path = `${this.#staging}/${name}`;
+    const [kind, pid] = name.split("-");
+    if (kind === "trash") await rm(path, { recursive: true, force: true });
+    else if (kind === "new" && !isRunning(Number(pid))) removeIfThere(path);
+    else if (kind === "put" && !name.endsWith(".lock") && isOld(path, now)) removeUpload(path);
   }
 
   close(): void {
@@ -250,14 +266,14 @@ export class Changes {
     return outcomes;
   }
 
-  async #syncFolders(folders: Folders, changes: Change[], outcomes: Outcome[]): Promise<void> {
+  /** Of the changes from `start` to `end`. */
+  async #syncFolders(folders: Folders, changes: Change[], outcomes: Outcome[], start: number, end: number) {
     const failures = await syncTogether(folders.touched);
-    const failure = folders.failure ?? failures.find(Boolean);
+    const failure = failures.find(Boolean);
     if (!failure) return;
-    for (const [index, change] of changes.entries()) {
-      const path = change instanceof Upload ? change.request.path : change.path;
-      if (outcomes[index] instanceof RepriseError) continue;
-      outcomes[index] = this.#wrap(failure, path);
+    for (const [offset, change] of changes.slice(start, end).entries()) {
+      if (outcomes[start + offset] instanceof RepriseError) continue;
+      outcomes[start + offset] = this.#wrap(failure, pathOfChange(change));
       if (change instanceof Upload) change.doubt();
     }
   }
@@ -269,7 +285,7 @@ export class Changes {
       if (change.action === "move") return this.#move(change.path, change.to, change.overwrite, folders);
       return this.#makeFolder(change.path, change.parents, folders);
     } catch (error) {
-      return this.#wrap(error, change instanceof Upload ? change.request.path : change.path);
+      return this.#wrap(error, pathOfChange(change));
     }
   }
 
@@ -344,16 +360,20 @@ export class Changes {
 
   #makeFolder(path: string, parents: boolean, folders: Folders): undefined {
     const segments = checkName(path);
-    const first = parents ? 1 : segments.length;
     if (segments.length === 0 && !parents) throw exists(path);
-    for (let depth = first; depth <= segments.length; depth++) {
-      const { path: place, folder } = folders.parentOf(segments.slice(0, depth).join("/"));
+    if (parents && segments.length > MAX_DEPTH) throw refused(`${quote(path)} is more than ${MAX_DEPTH} folders deep`);
+    const first = parents ? 0 : segments.length - 1;
+    let folder = folders.open(segments.slice(0, first), path);
+    for (let depth = first; depth < segments.length; depth++) {
+      const place = `${pathOf(folder)}/${segments[depth]}`;
       const there = lookAt(place);
       if (there && !parents) throw exists(path);
       if (there && !there.isDirectory()) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
-      if (there) continue;
-      mkdirSync(place);
-      folders.touch(folder);
+      if (!there) {
+        mkdirSync(place);
+        folders.touch(folder);
+      }
+      if (depth < segments.length - 1) folder = folders.openIn(folder, segments.slice(0, depth + 1), path);
     }
   }
 }
@@ -546,9 +566,12 @@ export class Upload {
   /** Lets go of it; what is staged stays for an upload that can go on. */
   close(): void {
     this.#leaveRoom(this.#unwritten);
-    if (this.request.id === "") this.drop();
-    else unlock(this.fd, this.staged.path);
-    closeSync(this.fd);
+    try {
+      if (this.request.id === "") this.drop();
+      else unlock(this.fd, this.staged.path);
+    } finally {
+      closeSync(this.fd);
+    }
   }
 }
 
@@ -567,18 +590,20 @@ function create({ folder, name, path }: Place): number {
   return fd >= 0 ? fd : openSync(path, NEW_FLAGS, 0o666);
 }
 
+function pathOfChange(change: Change): string {
+  return change instanceof Upload ? change.request.path : change.path;
+}
+
 /** Folders that all groups of a process have open. */
 let openFolders = 0;
 
-/** The folders that a group of changes has to do with, each opened once, unless they are too many. */
+/** The folders that changes made together have to do with, each opened once. */
 class Folders {
   readonly #root: number;
   readonly #folder: string;
-  readonly #open = new Set<number>();
+  readonly #open: number[] = [];
   readonly #known = new Map<string, number>();
   readonly #touched = new Set<number>();
-  /** What went wrong when one was synced before its time. */
-  failure: Error | undefined;
 
   /** Of a folder beneath `root`, or "" for itself. */
   constructor(root: number, folder: string) {
@@ -591,8 +616,28 @@ class Folders {
     const segments = checkName(path);
     const name = segments.pop();
     if (name === undefined) throw refused("the served folder itself cannot be changed");
-    const folder = this.#folderOf(segments.join("/"), path);
+    const folder = this.open(segments, path);
     return { folder, name, path: `${pathOf(folder)}/${name}` };
+  }
+
+  /** Opens a folder, for the sake of what is wanted in it. */
+  open(segments: string[], wanted: string): number {
+    const path = segments.join("/");
+    const known = this.#known.get(path);
+    if (known !== undefined) return known;
+    const at = locateParent(this.#root, this.#folder, path, wanted);
+    try {
+      return this.#keep(path, pathOf(at), wanted);
+    } finally {
+      closeSync(at);
+    }
+  }
+
+  /** The same of one that is in an open one: a path of many segments is not gone through again for each of them. */
+  openIn(folder: number, segments: string[], wanted: string): number {
+    const path = segments.join("/");
+    const place = `${pathOf(folder)}/${segments.at(-1)}`;
+    return this.#known.get(path) ?? this.#keep(path, place, wanted, constants.O_NOFOLLOW);
   }
 
   /** Whether a folder was met already, and so is there. */
@@ -613,47 +658,27 @@ class Folders {
     return [...this.#touched];
   }
 
+  /** No further change should be made before these are synced and closed. */
+  get areMany(): boolean {
+    return openFolders >= MAX_OPEN_FOLDERS;
+  }
+
   close(): void {
-    for (const fd of this.#open) this.#close(fd);
+    openFolders -= this.#open.length;
+    for (const fd of this.#open) closeSync(fd);
   }
 
-  #close(fd: number): void {
-    this.#open.delete(fd);
-    this.#touched.delete(fd);
-    openFolders--;
-    closeSync(fd);
-  }
-
-  /** A path of a thousand segments, or a group all over the tree: those that came first are done with. */
-  #makeRoom(): void {
-    if (openFolders < MAX_OPEN_FOLDERS || this.#open.size < LEAST_OPEN_FOLDERS) return;
-    const oldest = this.#open.values().next().value!;
-    for (const [path, fd] of this.#known) if (fd === oldest) this.#known.delete(path);
+  #keep(path: string, place: string, wanted: string, flags = 0): number {
     try {
-      if (this.#touched.has(oldest)) fsyncSync(oldest);
-    } catch (error) {
-      this.failure ??= error as Error;
-    }
-    this.#close(oldest);
-  }
-
-  #folderOf(path: string, wanted: string): number {
-    const known = this.#known.get(path);
-    if (known !== undefined) return known;
-    const at = locateParent(this.#root, this.#folder, path, wanted);
-    try {
-      this.#makeRoom();
       // Not only a place, as for looking: it is to be synced.
-      const fd = openSync(pathOf(at), constants.O_RDONLY | constants.O_DIRECTORY);
+      const fd = openSync(place, constants.O_RDONLY | constants.O_DIRECTORY | flags);
       openFolders++;
-      this.#open.add(fd);
+      this.#open.push(fd);
       this.#known.set(path, fd);
       return fd;
     } catch (error) {
       if (errorCode(error) === "ENOTDIR") throw notAFolder(path, wanted);
       throw error;
-    } finally {
-      closeSync(at);
     }
   }
 }
@@ -670,6 +695,7 @@ function locateParent(root: number, folder: string, path: string, wanted: string
     return locateIn(root, folder, path);
   } catch (error) {
     if (!(error instanceof RepriseError) || error.code !== "not_found") throw error;
+    if (path === "") throw new RepriseError("not_found", `not found: ${quote(wanted)}`);
     throw new RepriseError("not_found", `not found: the folder ${quote(path)} for ${quote(wanted)}; mkdir -p makes it`);
   }
 }
@@ -711,17 +737,26 @@ function renameIfNew(from: Place, to: Place): boolean {
   return true;
 }
 
-function sweepUpload(path: string, now: number): void {
+function isOld(path: string, now: number): boolean {
   const stat = lstatSync(path, { throwIfNoEntry: false });
-  if (!stat || now - stat.ctimeMs < KEEP_MS) return;
+  return stat !== undefined && now - stat.ctimeMs >= KEEP_MS;
+}
+
+/** Unless somebody is just going on with it. */
+function removeUpload(path: string): void {
+  if (!lstatSync(path, { throwIfNoEntry: false })) return;
+  let fd: number;
   try {
-    const fd = openLocked(path);
+    fd = openLocked(path);
+  } catch (error) {
+    if (error instanceof Held) return;
+    throw error;
+  }
+  try {
     removeIfThere(path);
+  } finally {
     unlock(fd, path);
     closeSync(fd);
-  } catch (error) {
-    // Somebody has just gone on with it.
-    if (!(error instanceof Held)) throw error;
   }
 }
 

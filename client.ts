@@ -19,6 +19,7 @@ import { type Args, type Command, command, isTerminal, numberOption, print, runS
 import {
   type Context,
   common,
+  credentialsOf,
   destination,
   forEach,
   remoteJoin,
@@ -377,7 +378,11 @@ const completeNames = command({
   async run({ args }) {
     const options = args as unknown as Args;
     const { remoteNames } = await import("./prompt.ts");
-    const names = await remoteNames(serverOf(options), undefined, String(options.word ?? "")).catch(() => []);
+    const ask = async () => {
+      const remote = { servers: parseServers(serverOf(options)), ...credentialsOf(options) };
+      return remoteNames(remote, undefined, String(options.word ?? ""));
+    };
+    const names = await ask().catch(() => []);
     if (names.length > 0) await print(names.join("\n"));
   },
 });

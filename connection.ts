@@ -109,6 +109,7 @@ export class Connection {
   owes = false;
   /** Each frame must have come whole within `timeoutMs`. */
   promptFrames: boolean;
+  readonly #openedAt = performance.now();
   /** Called when `next()` has used up what came, before it waits for more: the moment for what was put off. */
   beforeWait: (() => Promise<void>) | undefined;
 
@@ -143,7 +144,7 @@ export class Connection {
 
   /** The next frame, or undefined when the peer has ended the stream between two frames. Throws `lost`, `bad_frame`. */
   async next(): Promise<Frame | undefined> {
-    const startedAt = this.promptFrames ? performance.now() : undefined;
+    const startedAt = this.promptFrames ? (this.owes ? this.#openedAt : performance.now()) : undefined;
     for (;;) {
       if (this.#failure) throw this.#failure;
       const frame = this.#decoder.next();
@@ -291,15 +292,19 @@ export class Connection {
     this.#writable.wake();
   }
 
-  /** Reads and forgets whatever comes, for `ms` or until the peer has gone. Nothing but an end can follow. Never throws. */
-  async ignore(ms: number): Promise<void> {
+  /**
+   * Reads and forgets whatever comes, for `ms`; false if the peer had said its last before. Nothing but an end can follow.
+   * Never throws.
+   */
+  async ignore(ms: number): Promise<boolean> {
     const end = performance.now() + ms;
     this.#decoder.discard();
     do {
       this.#chunks = [];
-      if (this.#ended || this.#failure) return;
+      if (this.#ended || this.#failure) return false;
       this.#unpause();
     } while (await this.#readable.wait(end));
+    return true;
   }
 
   /** Whether the peer is waited for, and has sent nothing for `ms`. */
@@ -312,6 +317,7 @@ export class Connection {
     try {
       this.#failure = undefined;
       this.beforeWait = undefined;
+      this.timeoutMs = Math.min(this.timeoutMs, FINISH_MS);
       await this.flush();
       this.#socket.shutdown();
       const deadline = setTimeout(() => this.fail(lost("the peer did not close")), FINISH_MS);
@@ -521,17 +527,14 @@ export interface AcceptOptions extends ConnectionOptions {
 /** Listens on a port that other processes listen on as well. */
 export function accept(options: AcceptOptions): TCPSocketListener<Connection> {
   const { host: hostname, port, certificate, onConnection } = options;
-  // One that was reset while it waited to be accepted has no address any more: there is nobody to count or to answer.
-  const arrive = (connection: Connection) =>
-    connection.peer === undefined ? connection.close() : onConnection(connection);
   const plain: SocketHandler<Connection> = {
     ...Connection.handlers,
-    open: (socket) => arrive(new Connection(socket, options)),
+    open: (socket) => onConnection(new Connection(socket, options)),
   };
   // Without `data`, which would be given everything once more as it travels.
   const tls: SocketHandler<Connection> = {
     drain() {},
-    open: (socket) => arrive(encrypt(socket, certificate!(), options)),
+    open: (socket) => onConnection(encrypt(socket, certificate!(), options)),
   };
   return listen<Connection>({ hostname, port, reusePort: true, socket: certificate ? tls : plain });
 }
@@ -817,12 +820,15 @@ class Alarm {
     let next = Number.POSITIVE_INFINITY;
     // Who begins to wait meanwhile is still looked at, and sets no timer.
     this.#at = 0;
-    for (const waiter of this.#waiting) {
-      if (waiter.dueAt <= now) waiter.wake(false);
-      else next = Math.min(next, waiter.dueAt);
+    try {
+      for (const waiter of this.#waiting) {
+        if (waiter.dueAt <= now) waiter.wake(false);
+        else next = Math.min(next, waiter.dueAt);
+      }
+    } finally {
+      this.#at = Number.POSITIVE_INFINITY;
+      if (this.#waiting.size > 0) this.#set(Math.max(next === this.#at ? now : next, now + ALARM_STEP_MS));
     }
-    this.#at = Number.POSITIVE_INFINITY;
-    if (next < this.#at) this.#set(Math.max(next, now + ALARM_STEP_MS));
   }
 }
 const alarm = new Alarm();

@@ -18,7 +18,7 @@ import {
 } from "./command.ts";
 import { Pace } from "./connection.ts";
 import { DEFAULT_PORT, ERRORS, MAX_TOKEN_BYTES, quote, RepriseError } from "./protocol.ts";
-import { type Address, parseServers, Remote } from "./remote.ts";
+import { type Address, parseServers, Remote, type RemoteOptions } from "./remote.ts";
 
 /** How long an interrupted client may take to save its log before it is ended all the same. */
 const INTERRUPT_MS = 1_000;
@@ -63,6 +63,7 @@ export interface Context {
   isNamed: boolean;
   /** Another connection to a server, with the same options and the same way to interrupt; the token only goes to `server`. */
   connectTo: (server: string) => Remote;
+  credentials: Pick<RemoteOptions, "token" | "ca">;
   /** Connections for many files. */
   jobs: number;
   /** At the prompt: the folder on the server that names are relative to. */
@@ -88,13 +89,13 @@ export function withContext(run: (context: Context, args: Args) => Promise<unkno
 
 export function contextFrom(args: Args, signal: AbortSignal): Context {
   const limitRate = sizeOption(args, "limit-rate");
+  const credentials = credentialsOf(args);
   const options = {
     // One for all connections: the line that they share is what it is about.
     pace: limitRate === undefined ? undefined : new Pace(limitRate),
     timeoutMs: secondsOption(args, "timeout"),
     retries: numberOption(args, "retries", { min: 0, max: 1_000_000 }),
-    token: tokenOf(args),
-    ca: issuersOf(args),
+    ...credentials,
     signal,
     note: (text: string) => say("warn", text),
   };
@@ -102,14 +103,17 @@ export function contextFrom(args: Args, signal: AbortSignal): Context {
   const connectTo = (name: string) => {
     const servers = parseServers(name);
     // A resume log may name a server of anybody: the token is for those that the user names.
-    const token = areAmong(servers, parseServers(server)) ? options.token : undefined;
-    return new Remote({ ...options, token, servers });
+    const isNamed = areAmong(servers, parseServers(server));
+    if (options.token !== undefined && !isNamed)
+      say("warn", `${quote(name)} gets no token: it is not named by --server`);
+    return new Remote({ ...options, token: isNamed ? options.token : undefined, servers });
   };
   return {
     remote: connectTo(server),
     server,
     isNamed: args.server !== undefined,
     connectTo,
+    credentials,
     jobs: numberOption(args, "jobs", { min: 1, max: 64 }),
     folder: undefined,
     json: args.json === true,
@@ -122,6 +126,11 @@ function areAmong(servers: Address[], named: Address[]): boolean {
 
 export function serverOf(args: Args): string {
   return String(args.server ?? (process.env.REPRISE_SERVER || `127.0.0.1:${DEFAULT_PORT}`));
+}
+
+/** Who the client is, and whom it trusts: also for what is asked beside the commands. */
+export function credentialsOf(args: Args): Pick<RemoteOptions, "token" | "ca"> {
+  return { token: tokenOf(args), ca: issuersOf(args) };
 }
 
 /** From --token-file or REPRISE_TOKEN. Throws `insecure` where others can read the file. */

@@ -29,6 +29,8 @@ export interface LogFields {
   /** The name of a token. */
   token?: string | undefined;
   path?: string | undefined;
+  /** The new path, of a move. */
+  to?: string | undefined;
   offset?: number | undefined;
   bytes?: number | undefined;
   ms?: number | undefined;
@@ -38,13 +40,13 @@ export interface LogFields {
 
 /** One line on stderr. These fields are a contract: `time event peer worker path offset bytes ms status`. */
 export function log(settings: LogSettings, fields: LogFields): void {
-  const { event, peer, token, path, offset, bytes, ms, status, count } = fields;
+  const { event, peer, token, path, to, offset, bytes, ms, status, count } = fields;
   const { worker } = settings;
   if (settings.log === "json") {
-    writeLine(toJson({ time: timeNow(), event, peer, worker, token, path, offset, bytes, ms, status, count }));
+    writeLine(toJson({ time: timeNow(), event, peer, worker, token, path, to, offset, bytes, ms, status, count }));
     return;
   }
-  const what = path === undefined ? event : `${event} ${quote(path)}`;
+  const what = [event, ...[path, to].filter((name) => name !== undefined).map((name) => quote(name))].join(" ");
   const who = token === undefined ? (peer ?? "-") : `${peer} ${token}`;
   const figures = bytes === undefined ? "" : ` from ${offset ?? 0}: ${bytes} bytes in ${ms} ms`;
   const often = count === undefined ? "" : `, ${count} further times`;

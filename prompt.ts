@@ -16,7 +16,7 @@ import {
 } from "./command.ts";
 import { type Context, common, contextFrom, interruption, resolveRemote } from "./context.ts";
 import { quote, RepriseError } from "./protocol.ts";
-import { parseServers, Remote } from "./remote.ts";
+import { parseServers, Remote, type RemoteOptions } from "./remote.ts";
 import { readCommands } from "./terminal.ts";
 import { resumeAll } from "./transfer.ts";
 
@@ -134,16 +134,20 @@ async function complete(main: Command, context: Context, words: string[]): Promi
   const typed = words.at(-1)!;
   return words[0] === "put" && words.at(-2) !== "-t"
     ? localNames(typed)
-    : remoteNames(context.server, context.folder, typed);
+    : remoteNames({ servers: parseServers(context.server), ...context.credentials }, context.folder, typed);
 }
 
 /** The names in the folder that `typed` names or begins to name, each as it would be typed, folders with a slash. */
-export async function remoteNames(server: string, folder: string | undefined, typed: string): Promise<string[]> {
+export async function remoteNames(
+  options: Pick<RemoteOptions, "servers" | "token" | "ca">,
+  folder: string | undefined,
+  typed: string,
+): Promise<string[]> {
   const parent = typed.slice(0, typed.lastIndexOf("/") + 1);
   // Only the prompt takes names from the top.
   if (folder === undefined && parent.startsWith("/")) return [];
   // A key press is not worth ten attempts.
-  const remote = new Remote({ servers: parseServers(server), retries: 0, signal: AbortSignal.timeout(COMPLETION_MS) });
+  const remote = new Remote({ ...options, retries: 0, signal: AbortSignal.timeout(COMPLETION_MS) });
   try {
     const entries = await Array.fromAsync(remote.list(resolveRemote(folder, parent)));
     return typeable(entries.map(({ path, kind }) => parent + path + (kind === "folder" ? "/" : "")));

@@ -56,7 +56,7 @@ export interface RemoteOptions {
   retries?: number;
   /** Bytes a second. */
   limitRate?: number | undefined;
-  /** Sent to the server over TLS, or on this machine, and nowhere else. */
+  /** Sent to these servers, and to whom they redirect, over TLS or within this machine. */
   token?: string | undefined;
   /** See ConnectOptions. */
   ca?: string | undefined;
@@ -682,6 +682,6 @@ export function parseServers(text: string): Address[] {
       throw new RepriseError("usage", `--server takes host:port, not ${quote(item)}`);
     // Whoever asks for TLS does not want the next one, which only has no word before it, in clear.
     scheme = match[1]?.toLowerCase() ?? scheme;
-    return { host: (match[2] ?? match[3])!, port, tls: scheme === "tls" };
+    return { host: (match[2] ?? match[3])!.toLowerCase(), port, tls: scheme === "tls" };
   });
 }

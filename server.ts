@@ -53,11 +53,11 @@ const MAX_TURNED_AWAY = 64;
 const TURN_AWAY_MS = 5_000;
 /** Descriptors that a worker needs for itself, and for those that it turns away. */
 const OWN_DESCRIPTORS = 64 + MAX_TURNED_AWAY;
-/** Of each connection: its socket, and the file that it is about. */
+/** Of each connection: its socket, and the file that it is about; and the two folders of a change. */
 const DESCRIPTORS_EACH = 2;
+const FOLDERS_EACH = 2;
 /** How long a stopping process waits for what it has told to end. */
 const STOP_MS = 800;
-
 /** A worker looks this often for what uploads that were given up have left. */
 const SWEEP_MS = 3600 * 1000;
 
@@ -146,6 +146,8 @@ async function letIn(worker: Worker, connection: Connection, turnedAway: Set<Con
   sessions.add(session);
   // It leaves by itself: nothing here stands by for as long as it lasts.
   session.run().catch((error) => logBug(settings, error));
+  // The others were told while this one was waiting.
+  if (worker.draining) session.drain();
 }
 
 /** Says `busy`; beyond a number of those who are still being told, closes without a word. */
@@ -274,6 +276,7 @@ class Supervisor {
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
       say("error", `${error.message}; what was read before stays in use`);
+      log({ ...this.#settings, worker: 0 }, { event: "reload", status: error.code });
       return;
     }
     // Whoever has not yet been told that it is ready must not be told so by this.
@@ -505,7 +508,8 @@ function connectionsOf(args: Args, workers: number): Pick<Settings, "maxConnecti
   const wanted = numberOption(args, "max-connections", { min: 1, max: 1_000_000 });
   const limit = Number(/Max open files\s+(\d+)/.exec(readFileSync("/proc/self/limits", "utf8"))?.[1] ?? 1024);
   const own = OWN_DESCRIPTORS + (args.writable === true ? STAGED_DESCRIPTORS : 0);
-  const maxOfWorker = Math.max(1, Math.floor((limit - own) / DESCRIPTORS_EACH));
+  const each = DESCRIPTORS_EACH + (args.writable === true ? FOLDERS_EACH : 0);
+  const maxOfWorker = Math.max(1, Math.floor((limit - own) / each));
   const maxConnections = Math.min(wanted, maxOfWorker * workers);
   if (maxConnections < wanted)
     say(

@@ -64,8 +64,9 @@ const REFUSALS: ReadonlySet<string> = new Set(["denied", "read_only"]);
 const WAIT_MS = 1_000;
 /** Whoever connects has to say so long after that who it is; less, where `--idle-timeout` is. */
 const HELLO_MS = 15_000;
-/** Refused tokens of one worker whose answers wait; further ones are told `busy` at once, so that they hold no place. */
+/** Refused tokens of one worker whose answers wait; further ones get none, so that they hold no place. */
 const MAX_DENIALS = 64;
+
 /** What a worker is told by the supervisor, as JSON in the environment variable REPRISE_WORKER. */
 export interface Settings extends SecretFiles {
   worker: number;
@@ -168,7 +169,8 @@ export class Session {
       await this.#end();
     } catch (error) {
       this.#abandon();
-      await this.#refuse(this.#isBetweenRequests ? this.#asRead(error) : error);
+      const reason = this.#isBetweenRequests ? this.#asRead(error) : error;
+      await this.#refuse(reason).catch((bug) => logBug(this.#worker.settings, bug));
     }
     this.#leave();
   }
@@ -312,20 +314,22 @@ export class Session {
 
   /**
    * [access] One answer for all that is not allowed, so that it does not tell why; the more failures, the later. Whoever
-   * does not wait for it holds no place meanwhile, and nothing that comes meanwhile is kept.
+   * does not wait for it holds no place meanwhile and is told nothing, and nothing that comes meanwhile is kept.
    */
   async #denial(): Promise<RepriseError> {
     const worker = this.#worker;
-    if (worker.denials >= MAX_DENIALS) return new RepriseError("busy");
-    worker.denials++;
-    try {
-      await this.#apply();
-      await this.#connection.flush();
-      await this.#connection.ignore(await worker.gate.failed(this.#peer));
-    } finally {
+    await this.#apply();
+    await this.#connection.flush();
+    const ms = await worker.gate.failed(this.#peer);
+    const denied = new RepriseError("denied", "access denied: this needs a token that allows it (--token-file)");
+    if (worker.denials < MAX_DENIALS) {
+      worker.denials++;
+      const isHeard = await this.#connection.ignore(ms);
       worker.denials--;
+      if (isHeard) return denied;
     }
-    return new RepriseError("denied", "access denied: this needs a token that allows it (--token-file)");
+    logRefusal(worker.settings, { status: denied.code, ...this.#who });
+    return new RepriseError("lost");
   }
 
   /** Why nothing can be changed here, or undefined. */
@@ -360,12 +364,13 @@ export class Session {
   }
 
   #logRequest(request: Request | Change, startedAt: number, bytes: number, status: string): void {
-    const { path, offset } = (request instanceof Upload ? request.request : request) as {
+    const { path, to, offset } = (request instanceof Upload ? request.request : request) as {
       path?: string;
+      to?: string;
       offset?: number;
     };
     const ms = Math.round(performance.now() - startedAt);
-    const line = { event: request.action, path, offset, bytes, ms, status, ...this.#who };
+    const line = { event: request.action, path, to, offset, bytes, ms, status, ...this.#who };
     if (REFUSALS.has(status)) logRefusal(this.#worker.settings, line);
     else log(this.#worker.settings, line);
   }
@@ -531,7 +536,12 @@ export class Session {
     for (const { change } of group) {
       if (!(change instanceof Upload)) continue;
       this.#worker.staged--;
-      change.close();
+      try {
+        change.close();
+      } catch (error) {
+        // The others are to be let go all the same.
+        logBug(this.#worker.settings, error);
+      }
     }
   }
 

@@ -21,7 +21,7 @@ import { type Change, type Changes, openChanges, type Upload } from "../changes.
 import { openLocked } from "../disk.ts";
 import { type ErrorCode, type Meta, type Put, RepriseError, SUM_BYTES, UNKNOWN_SIZE } from "../protocol.ts";
 import { openFolder } from "../storage.ts";
-import { HOME, randomBytes, TEST_MS, temporaryFolder, waitFor } from "./fixtures.ts";
+import { HOME, makeRoot, randomBytes, TEST_MS, temporaryFolder, waitFor } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
 
@@ -597,4 +597,40 @@ test.each(["0", "1"])("openLocked() lets one in at a time (REPRISE_FFI=%s)", asy
   const contenders = [spawn(), spawn(), spawn()];
   expect(await Promise.all(contenders.map((child) => new Response(child.stderr).text()))).toEqual(["", "", ""]);
   expect(await Promise.all(contenders.map((child) => child.exited))).toEqual([0, 0, 0]);
+});
+
+describe("folders of a group", () => {
+  /** As many folders are kept open at a time as all groups of a process may have. */
+  const KEPT = 256;
+
+  test.each([-2, -1, 0, 1, 2])("a move behind %i folders more than are kept open moves what it names", async (more) => {
+    using root = makeRoot({ "a/x": "from a", "b/x": "from b" });
+    const changes = openChanges(root.path);
+    const others = Array.from({ length: KEPT + more }, (_, index) => `d${index}`);
+    for (const name of others) mkdirSync(join(root.path, name));
+    const mkdir = (path: string) => ({ action: "mkdir", path, parents: false }) as const;
+    const group = [mkdir("a/new"), ...others.map((name) => mkdir(`${name}/new`))];
+    const outcomes = await changes.apply([...group, { action: "move", path: "a/x", to: "b/y", overwrite: false }]);
+    expect(outcomes.filter((outcome) => outcome !== undefined)).toEqual([]);
+    const files = ["a/new", "b/x", "b/y"].map((name) => existsSync(join(root.path, name)));
+    expect([...files, existsSync(join(root.path, "a/x"))]).toEqual([true, true, true, false]);
+    expect(readFileSync(join(root.path, "b/y"), "utf8")).toBe("from a");
+    changes.close();
+  });
+
+  test("mkdir -p holds few folders and goes no deeper than 128; all are closed afterwards", async () => {
+    using root = makeRoot({});
+    const changes = openChanges(root.path);
+    const open = () => readdirSync("/proc/self/fd").length;
+    const before = open();
+    const path = (depth: number) => Array.from({ length: depth }, () => "d").join("/");
+    const mkdir = (depth: number) => ({ action: "mkdir", path: path(depth), parents: true }) as const;
+    expect(await changes.apply([mkdir(128), mkdir(128)])).toEqual([undefined, undefined]);
+    expect(existsSync(join(root.path, path(128)))).toBe(true);
+    const [outcome] = await changes.apply([mkdir(129)]);
+    expect(outcome).toBeInstanceOf(RepriseError);
+    expect((outcome as RepriseError).message).toContain("more than 128 folders deep");
+    expect(open()).toBe(before);
+    changes.close();
+  });
 });
