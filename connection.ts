@@ -48,7 +48,10 @@ export interface ConnectionOptions {
   timeoutMs: number;
   /** Each frame must have come whole within `timeoutMs`, for peers that have no reason to send slowly. */
   promptFrames?: boolean;
-  /** Bytes a second that a peer must at least send or take while it is waited for, on the average of `timeoutMs`. */
+  /**
+   * Bytes a second that a peer must at least send or take while it is waited for, on the average of `timeoutMs`. Where it
+   * is given, 0 too, one that takes them is not silent.
+   */
   minRate?: number;
   /** TLS goes over the socket. */
   encrypted?: boolean;
@@ -67,7 +70,7 @@ export class Connection {
   readonly peer: string;
   readonly #decoder: FrameDecoder;
   readonly #encrypted: boolean;
-  readonly #minRate: number;
+  readonly #minRate: number | undefined;
   /** Every wait for the peer ends after this long without a byte. */
   timeoutMs: number;
   /** Who gives memory for large frames expects them. */
@@ -100,9 +103,10 @@ export class Connection {
   /** Bytes since others had their turn, and when that was. */
   #turn = 0;
   #turnAt = performance.now();
-  /** Bytes that came and went so far. */
-  #moved = 0;
-  /** Since the peer was last found to be fast enough: how long it was waited for, and what `#moved` was then. */
+  /** Bytes that came, and those that the kernel took to send. */
+  #received = 0;
+  #written = 0;
+  /** Since the peer was last found to be fast enough: how long it was waited for, and what had moved until then. */
   #waitedMs = 0;
   #movedBefore = 0;
   /** More must come from the peer, also between two frames: it is in the middle of something. What we say is no excuse. */
@@ -119,7 +123,7 @@ export class Connection {
     this.#decoder = new FrameDecoder(options);
     this.timeoutMs = options.timeoutMs;
     this.promptFrames = options.promptFrames ?? false;
-    this.#minRate = options.minRate ?? 0;
+    this.#minRate = options.minRate;
     this.#encrypted = options.encrypted ?? false;
     this.#direct = options.pool !== undefined && !this.#encrypted;
     this.#directWaitMs = options.directWaitMs ?? 0;
@@ -374,10 +378,18 @@ export class Connection {
 
   /** Until `timeoutMs` after `base()`, which moves on while the connection is alive in the other direction. */
   async #wait(waiter: Waiter, base: () => number, owes: boolean): Promise<void> {
+    let aliveAt = 0;
+    let moved = this.#moved();
     for (;;) {
       const startedAt = performance.now();
-      const left = base() + this.timeoutMs - startedAt;
-      if (left <= 0) throw this.#silence();
+      const left = Math.max(base(), aliveAt) + this.timeoutMs - startedAt;
+      // It may have taken something without there being room for more: a slow reader is not a silent one.
+      if (left <= 0 && (waiter !== this.#writable || this.#moved() === moved)) throw this.#silence();
+      if (left <= 0) {
+        moved = this.#moved();
+        aliveAt = startedAt;
+        continue;
+      }
       const woken = await waiter.wait(startedAt + (owes ? Math.min(left, this.timeoutMs - this.#waitedMs) : left));
       this.#turnAt = performance.now();
       if (owes) this.#judge(this.#turnAt - startedAt);
@@ -394,7 +406,8 @@ export class Connection {
   #judge(waitedMs: number): void {
     this.#waitedMs += waitedMs;
     if (this.#waitedMs < this.timeoutMs) return;
-    const isSlow = (this.#moved - this.#movedBefore) * 1000 < this.#minRate * this.#waitedMs;
+    const moved = this.#moved() - this.#movedBefore;
+    const isSlow = moved * 1000 < (this.#minRate ?? 0) * this.#waitedMs;
     this.#forgive();
     if (!isSlow) return;
     throw new RepriseError("timeout", `fewer than ${this.#minRate} bytes a second for ${this.timeoutMs / 1000} s`);
@@ -403,7 +416,17 @@ export class Connection {
   /** What was is no longer held against the peer, nor for it. */
   #forgive(): void {
     this.#waitedMs = 0;
-    this.#movedBefore = this.#moved;
+    this.#movedBefore = this.#moved();
+  }
+
+  /**
+   * Bytes that came, and those that arrived: what the kernel takes to send can be minutes ahead of a slow reader, and is
+   * taken in pieces of a megabyte.
+   */
+  #moved(): number {
+    const isJudged = this.#minRate !== undefined && !this.#encrypted;
+    const waiting = isJudged ? (libc()?.unacknowledged(this.#socket.fd) ?? 0) : 0;
+    return this.#received + this.#written - Math.max(0, waiting);
   }
 
   #checkWritable(): void {
@@ -460,13 +483,13 @@ export class Connection {
 
   #took(count: number): void {
     this.#turn += count;
-    this.#moved += count;
+    this.#received += count;
     this.#readAt = performance.now();
   }
 
   #wrote(count: number): void {
     this.#turn += count;
-    this.#moved += count;
+    this.#written += count;
     if (count > 0) this.#wroteAt = performance.now();
   }
 

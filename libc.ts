@@ -12,6 +12,8 @@ export interface Libc {
   sendfile(socket: number, file: number, offset: number, length: number): number;
   /** recv(2) with MSG_DONTWAIT: bytes received, 0 at the end of the stream, or -errno. */
   receive(socket: number, into: Uint8Array): number;
+  /** ioctl(2) with SIOCOUTQ: bytes written to the socket that the peer's kernel has not acknowledged, or -errno. */
+  unacknowledged(socket: number): number;
   /** preadv2(2) with RWF_NOWAIT: bytes that the page cache had, or -errno (EAGAIN: it has none). */
   readCached(file: number, into: Uint8Array, offset: number): number;
   /** openat2(2) with O_PATH beneath `folder`, following no link: a descriptor, or -errno. */
@@ -86,6 +88,7 @@ export const Errno = {
 } as const;
 
 const SYS_OPENAT2 = 437;
+const SIOCOUTQ = 0x5411;
 const MSG_DONTWAIT = 0x40;
 const RWF_NOWAIT = 0x8;
 /** As the low half of pollfd's second word, whose high half the kernel fills in. */
@@ -159,6 +162,7 @@ function bind(name: string): Libc {
   const { symbols: c } = dlopen(name, {
     sendfile: { args: [i32, i32, ptr, u64], returns: i64 },
     recv: { args: [i32, ptr, u64, i32], returns: i64 },
+    ioctl: { args: [i32, u64, ptr], returns: i32 },
     preadv2: { args: [i32, ptr, i32, i64, i32], returns: i64 },
     syscall: { args: [i64, i32, ptr, ptr, u64], returns: i64 },
     flock: { args: [i32, i32], returns: i32 },
@@ -174,6 +178,7 @@ function bind(name: string): Libc {
 
   const at = new BigInt64Array(1);
   const pollfd = new Int32Array(2);
+  const count = new Int32Array(1);
   const iovec = new BigUint64Array(2);
   const how = new BigUint64Array([BigInt(O_PATH_NOFOLLOW_CLOEXEC), 0n, BigInt(RESOLVE_STRICTLY_BENEATH)]);
   return {
@@ -181,6 +186,7 @@ function bind(name: string): Libc {
       at[0] = BigInt(offset);
       return orErrno(c.sendfile(socket, file, at, length));
     },
+    unacknowledged: (socket) => (c.ioctl(socket, SIOCOUTQ, count) < 0 ? -read.i32(errnoAt) : count[0]!),
     receive: (socket, into) => orErrno(c.recv(socket, into, into.length, MSG_DONTWAIT)),
     readCached(file, into, offset) {
       iovec[0] = BigInt(pointerTo(into));

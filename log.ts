@@ -49,7 +49,7 @@ export function log(settings: LogSettings, fields: LogFields): void {
   const what = [event, ...[path, to].filter((name) => name !== undefined).map((name) => quote(name))].join(" ");
   const who = token === undefined ? (peer ?? "-") : `${peer} ${token}`;
   const figures = bytes === undefined ? "" : ` from ${offset ?? 0}: ${bytes} bytes in ${ms} ms`;
-  const often = count === undefined ? "" : `, ${count} further times`;
+  const often = count === undefined ? "" : event === "reload" ? `: ${count}` : `, ${count} further times`;
   say("info", `${new Date().toLocaleTimeString("en-GB")} [${worker}] ${who} ${what}${figures}, ${status}${often}`);
 }
 

@@ -458,7 +458,7 @@ export class Peer {
       connection.close();
       throw new RepriseError(
         "insecure",
-        `${address}: no token is sent in clear to another machine; use tls://${address}`,
+        `${address}: no token is sent in clear to another machine; a server with --tls-cert is tls://${address}`,
       );
     }
     await connection.send(encodeHello({ flags: TAKES_FILE, token }));

@@ -5,7 +5,7 @@
  * the same, a worker that starts later too, and a file that cannot be read leaves everything as it was.
  */
 import { createPrivateKey, X509Certificate } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { readFileSync, realpathSync } from "node:fs";
 import type { Certificate } from "./connection.ts";
 import { quote, RepriseError } from "./protocol.ts";
 import { readTokens, type Token } from "./tokens.ts";
@@ -21,9 +21,28 @@ export interface SecretFiles {
   tls?: { cert: string; key: string } | undefined;
 }
 
-/** Throws `local` for what cannot be read, `usage` for what is not what it should be. */
-export function readSecrets({ tokens, tls }: SecretFiles): Secrets {
-  return { tokens: tokens === undefined ? undefined : readTokens(tokens), certificate: tls && readCertificate(tls) };
+/** Throws `local` for what cannot be read, `usage` for what is not what it should be, or lies where it is served. */
+export function readSecrets(files: SecretFiles & { root: string }): Secrets {
+  for (const file of [files.tokens, files.tls?.key]) if (file !== undefined) checkPlace(file, files.root);
+  return { tokens: readTokensOf(files), certificate: readCertificateOf(files) };
+}
+
+export function readTokensOf({ tokens }: SecretFiles): Token[] | undefined {
+  return tokens === undefined ? undefined : readTokens(tokens);
+}
+
+export function readCertificateOf({ tls }: SecretFiles): Certificate | undefined {
+  return tls && readCertificate(tls);
+}
+
+function checkPlace(file: string, root: string): void {
+  try {
+    if (!realpathSync(file).startsWith(`${realpathSync(root)}/`)) return;
+  } catch {
+    // It is not there: reading it says so.
+    return;
+  }
+  throw new RepriseError("usage", `${quote(file)} lies in the folder that is served; move it out of there`);
 }
 
 function readCertificate(files: { cert: string; key: string }): Certificate {

@@ -33,7 +33,7 @@ import { accept, type Connection, formatAddress, isLoopback, listen } from "./co
 import { log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
 import { DEFAULT_PORT, encodeError, MAX_HELLO_BYTES, quote, RepriseError } from "./protocol.ts";
-import { readSecrets, type Secrets } from "./secrets.ts";
+import { readCertificateOf, readSecrets, readTokensOf, type Secrets } from "./secrets.ts";
 import { Session, type Settings, STAGED_DESCRIPTORS, uploadPool, type Worker } from "./session.ts";
 import { openFolder } from "./storage.ts";
 import { notify, notifyReloading } from "./systemd.ts";
@@ -271,20 +271,32 @@ class Supervisor {
 
   /** Every worker takes them in between two connections: none is refused meanwhile, none is cut. */
   #reload(): void {
-    try {
-      this.#secrets = readSecrets(this.#settings);
-    } catch (error) {
-      if (!(error instanceof RepriseError)) throw error;
-      say("error", `${error.message}; what was read before stays in use`);
-      log({ ...this.#settings, worker: 0 }, { event: "reload", status: error.code });
-      return;
-    }
+    // Each by itself: a certificate that is damaged must not keep a token alive that was removed.
+    const { tokens, certificate } = this.#secrets;
+    this.#secrets = {
+      tokens: this.#readAgain("tokens", () => readTokensOf(this.#settings), tokens),
+      certificate: this.#readAgain("certificate", () => readCertificateOf(this.#settings), certificate),
+    };
     // Whoever has not yet been told that it is ready must not be told so by this.
     const isTold = this.#isReady && !this.#stopping;
     if (isTold) notifyReloading();
     for (const child of this.#workers.values()) tell(child, { secrets: this.#secrets });
     if (isTold) this.#told = notify("READY=1");
-    log({ ...this.#settings, worker: 0 }, { event: "reload", status: "ok" });
+  }
+
+  #readAgain<T>(path: string, read: () => T, before: T): T {
+    const line = { event: "reload", path };
+    const from = { ...this.#settings, worker: 0 };
+    try {
+      const now = read();
+      if (now !== undefined) log(from, { ...line, status: "ok", count: Array.isArray(now) ? now.length : undefined });
+      return now;
+    } catch (error) {
+      if (!(error instanceof RepriseError)) throw error;
+      say("error", `${error.message}; what was read before stays in use`);
+      log(from, { ...line, status: error.code });
+      return before;
+    }
   }
 
   async #onDeath(number: number, livedMs: number, listened: boolean): Promise<void> {

@@ -321,7 +321,10 @@ export class Session {
     await this.#apply();
     await this.#connection.flush();
     const ms = await worker.gate.failed(this.#peer);
-    const denied = new RepriseError("denied", "access denied: this needs a token that allows it (--token-file)");
+    const denied = new RepriseError(
+      "denied",
+      "access denied: no token (--token-file, REPRISE_TOKEN), or none that allows this",
+    );
     if (worker.denials < MAX_DENIALS) {
       worker.denials++;
       const isHeard = await this.#connection.ignore(ms);

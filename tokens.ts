@@ -46,6 +46,7 @@ export interface Token {
 const TOKEN_BYTES = 32;
 /** Lets scanners of sources know one that was left lying about. */
 const TOKEN_PREFIX = "rprs_";
+const FIELDS = ["name", "access", "folder", "sha256", "created", "expires"];
 const NAME = /^[\w.@-]{1,64}$/;
 
 /** What a server knows of tokens, until it reads the file again. */
@@ -195,6 +196,9 @@ function parseTokens(text: string, path: string): Token[] {
 
 function checked(value: unknown): Token {
   const { name, access, folder, sha256, created, expires } = value as Token;
+  const unknown = Object.keys(value as object).find((key) => !FIELDS.includes(key));
+  // One that means nothing here may have been meant for one that does, such as an end.
+  if (unknown !== undefined) throw new Error(`${toJson(unknown)} is no field of an entry`);
   const isWhole =
     typeof name === "string" &&
     NAME.test(name) &&
@@ -217,13 +221,14 @@ const DURATION_UNITS = { m: 60, h: 3600, d: 86_400, w: 604_800 } as const;
 /** `30d`, `12h`, as the moment that is so far from now. Throws `usage`. */
 function expiryOf(text: string): string {
   const match = /^(\d{1,5})([mhdw])$/.exec(text);
-  if (!match || Number(match[1]) === 0) throw usage(`--expires takes a time such as 12h or 30d, not ${quote(text)}`);
+  if (!match || Number(match[1]) === 0)
+    throw usage(`--expires takes a time such as 90m, 12h, 30d or 2w, not ${quote(text)}`);
   const seconds = Number(match[1]) * DURATION_UNITS[match[2] as keyof typeof DURATION_UNITS];
   return new Date(Date.now() + seconds * 1000).toISOString();
 }
 
 const add = command({
-  meta: { name: "token add", description: "Make a token and print it, this once" },
+  meta: { name: "add", description: "Make a token and print it, this once" },
   args: {
     name: { type: "positional", required: true, description: "What the token is called in the list and in the log" },
     access: { type: "string", valueHint: ACCESSES.join("|"), description: "What it allows" },
@@ -246,7 +251,7 @@ const add = command({
 });
 
 const list = command({
-  meta: { name: "token list", description: "Names of the tokens, and what they allow" },
+  meta: { name: "list", description: "Names of the tokens, and what they allow" },
   args: { json: { type: "boolean", description: "One JSON object a line" }, ...file },
   async run({ args }) {
     const { json, tokens: path } = args as unknown as { json?: boolean; tokens: string };
@@ -260,7 +265,7 @@ const list = command({
 });
 
 const remove = command({
-  meta: { name: "token remove", description: "Forget a token" },
+  meta: { name: "remove", description: "Forget a token" },
   args: { name: { type: "positional", required: true, description: "What it is called" }, ...file },
   async run({ args }) {
     const { name, tokens } = args as unknown as Record<string, string>;

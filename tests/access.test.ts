@@ -896,7 +896,7 @@ describe("one refusal for all", () => {
       expect({ status, output, errors }).toEqual({
         status: 4,
         output: "",
-        errors: "error: access denied: this needs a token that allows it (--token-file)\n",
+        errors: "error: access denied: no token (--token-file, REPRISE_TOKEN), or none that allows this\n",
       });
     }
   });
@@ -1294,7 +1294,7 @@ describe("the client's token", () => {
       const run = await runClient(elsewhere, args, { runBy, env: { REPRISE_TOKEN: "rprs_the-token" } });
       expect(run).toMatchObject({ status: 4, output: "" });
       expect(run.errors).toBe(
-        `error: ${elsewhere}: no token is sent in clear to another machine; use tls://${elsewhere}\n`,
+        `error: ${elsewhere}: no token is sent in clear to another machine; a server with --tls-cert is tls://${elsewhere}\n`,
       );
     }
     expect(recorder.lines().filter((line) => line.startsWith("data"))).toEqual([]);
@@ -1658,6 +1658,28 @@ describe("slow peers", () => {
     );
     expect(hashOfFile(join(root.path, "big"))).toBe(digest);
   });
+
+  test.skipIf(process.env.REPRISE_FFI === "0")(
+    "one that reads all the time is left alone while the kernel has more to send than it reads in --idle-timeout",
+    async () => {
+      using root = makeRoot({});
+      writeLargeFile(join(root.path, "big"), 64 << 20);
+      await using server = await startServer(root.path, { args: ["--idle-timeout", "0.5", "--min-rate", "10000"] });
+      const socket = connect({ host: "127.0.0.1", port: server.port });
+      let pieces = 0;
+      let end: string | undefined;
+      for (const event of ["error", "close", "end"]) socket.on(event, () => (end ??= event));
+      socket.on("data", () => {
+        pieces++;
+        socket.pause();
+        setTimeout(() => socket.resume(), 150);
+      });
+      socket.write(Buffer.concat([encodeHello(), encodeRequest(get("big"))]));
+      await waitFor("as much is read as takes several such times", () => pieces >= 25 || end);
+      expect([end, server.log.filter(({ status }) => status === "timeout")]).toEqual([undefined, []]);
+      socket.destroy();
+    },
+  );
 
   test("--min-rate 0 leaves alone whoever sends a byte within --idle-timeout", async () => {
     using root = makeRoot({});
