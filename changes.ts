@@ -168,6 +168,7 @@ export class Changes {
     try {
       while (at < changes.length) at = await this.#applyFrom(at, changes, outcomes);
     } catch (error) {
+      if (at === 0) throw error;
       // Those before are made, and stay so.
       for (; at < changes.length; at++) outcomes[at] ??= this.#wrap(error, pathOfChange(changes[at]!));
     }

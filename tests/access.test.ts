@@ -176,7 +176,7 @@ describe("server.ts token", () => {
     [["add", "a\u202e\x1b[1m", "--access", "read"], 2, '"a\\u202e\\u001b[1m" is no name'],
     [["add", "a".repeat(65), "--access", "read"], 2, "is no name"],
     [["add", "", "--access", "read"], 2, "is no name"],
-    [["add", "ann", "--access", "read", "--expires", "30"], 2, "--expires takes a time such as 12h or 30d"],
+    [["add", "ann", "--access", "read", "--expires", "30"], 2, "--expires takes a time such as 90m, 12h, 30d or 2w"],
     [["add", "ann", "--access", "read", "--expires", "0d"], 2, "--expires takes"],
     [["add", "ann", "--access", "read", "--expires", "-1d"], 2, "--expires"],
     [["add", "ann", "--access", "read", "--folder", "../x"], 4, "is not a name below the served folder"],
@@ -214,6 +214,10 @@ describe("server.ts token", () => {
     ["an unknown access", JSON.stringify({ tokens: [entry("ann", { access: "root" })] })],
     ["no folder", JSON.stringify({ tokens: [entry("ann", { folder: undefined })] })],
     ["an expiry that is none", JSON.stringify({ tokens: [entry("ann", { expires: "soon" })] })],
+    [
+      "an expiry by another name",
+      JSON.stringify({ tokens: [entry("ann", { expired: "2020-01-01T00:00:00Z" } as object)] }),
+    ],
     ["an expiry that is a number", JSON.stringify({ tokens: [entry("ann", { expires: 2030 })] })],
     ["a name that no terminal should be shown", JSON.stringify({ tokens: [entry("\x1b[1mann")] })],
     ["nothing where the file is not there", undefined],
@@ -229,7 +233,8 @@ describe("server.ts token", () => {
       expect(run.errors).toContain(text);
       expect(run.errors.trim().split("\n").length).toBe(1);
     }
-    await expect(startServer(file.folder, { args: ["--tokens", file.path] })).rejects.toThrow(text);
+    const root = join(HOME, "server_root");
+    await expect(startServer(root, { args: ["--tokens", file.path] })).rejects.toThrow(text);
     expect(readdirSync(file.folder)).toEqual(content === undefined ? [] : ["tokens.json"]);
     if (content !== undefined) expect(readFileSync(file.path, "utf8")).toBe(content);
   });
@@ -804,6 +809,14 @@ const FORGET_MS = 600_000;
 const MAX_FAILED_ADDRESSES = 10_000;
 /** A timer of the server may be a little early by the clock here. */
 const CLOCKS_MS = 5;
+
+test("tokens that lie in the folder that is served: status 2, and nothing is served", async () => {
+  using root = makeRoot({ "sub/": "" });
+  const path = join(root.path, "sub/tokens.json");
+  addToken(path, { name: "ann", access: "read", folder: "" });
+  const starting = startServer(root.path, { args: ["--tokens", path] });
+  await expect(starting).rejects.toThrow("lies in the folder that is served");
+});
 
 describe("one refusal for all", () => {
   test("who says no more than HELLO, and does not wait, is told nothing, and counts as refused", async () => {
