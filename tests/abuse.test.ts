@@ -1154,8 +1154,12 @@ test("row 23: an upload that was refused is over: the server goes on with nothin
   using raw = await connectRaw(place.server.port);
   raw.socket.write(Buffer.concat([encodeHello(), put("../x"), ...contentFrames(CONTENT)]));
   await waitFor("it is refused", () => decodeAll(raw.received()).length === 2);
-  // Longer than it takes until a peer that waits for an answer is told so.
-  await Bun.sleep(2500);
+  // For as long as another, whose upload goes on byte by byte, is told twice to wait.
+  using slow = await connectRaw(place.server.port);
+  slow.socket.write(Buffer.concat([encodeHello(), put("slow"), encodeDataHeader(1000, 0)]));
+  const dripping = setInterval(() => slow.socket.write("x"), 100);
+  const waits = () => decodeAll(slow.received()).filter(({ type }) => type === "wait").length;
+  await waitFor("the other is told to wait", () => waits() >= 2).finally(() => clearInterval(dripping));
   raw.socket.write(Buffer.concat([request({ action: "stat", path: "file" }), quit]));
   await waitFor("the server has closed", () => raw.closed());
   expect(decodeAll(raw.received()).slice(1).map(brief)).toEqual(["bad_name", "meta file 6", "end"]);
