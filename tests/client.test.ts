@@ -484,6 +484,7 @@ describe("a script of commands on stdin", () => {
     expect(run.output).toContain("empty\nphoto.png\nsub/\ntwin\na b é.txt\ndeep/\ntwin\n");
     expect(readFileSync(join(it.folder, "client_root/a b é.txt"), "utf8")).toBe("words\n");
     expect(readFileSync(join(it.folder, "moved"), "utf8")).toBe("x");
+    await waitFor("the end is logged", () => it.server.log.at(-1)?.event === "quit");
     expect(new Set(it.server.log.map((line) => line.worker)).size).toBe(1);
     expect(it.server.log.at(-1)).toMatchObject({ event: "quit", status: "ok" });
   });
