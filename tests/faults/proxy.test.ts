@@ -390,9 +390,18 @@ async function transferOnce(
   expect([...what, isThere]).toEqual([...what, true]);
   const [, second] = proxy.sent(direction);
   if (!transfer.isOneFile || direction !== transfer.direction || second === undefined) return;
-  // The other side of an upload may still be taking in what had come when it is asked how much that is.
-  const most = total[direction] - (direction === "toClient" ? at : at / 2) + AGAIN_BYTES;
+  // The other side of an upload may still be taking in what had come when it is asked how much that is: where it
+  // was told to go on is in its log.
+  const held = direction === "toClient" ? at : await heldWhenAsked(it, round);
+  const most = total[direction] - held + AGAIN_BYTES;
   expect([...what, second <= most || second]).toEqual([...what, true]);
+}
+
+/** From where the server let an upload go on, the time that it came to its end. */
+async function heldWhenAsked({ server }: Place, path: string): Promise<number> {
+  const puts = () => server.log.filter((line) => line.event === "put" && line.path === path);
+  await waitFor("the upload's end is logged", () => puts().some(({ status }) => status === "ok"));
+  return puts().find(({ status }) => status === "ok")!.offset!;
 }
 
 /** What unfinished transfers have left. */
