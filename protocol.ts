@@ -16,12 +16,11 @@
  *              str = u16 byte count, then that many bytes of UTF-8. A receiver refuses a frame that is longer than
  *              [limits] allow, does not have its crc32 or has an unknown type, ends early or has bytes left over.
  *
- * [types]      0x01-0x0f handshake, 0x10-0x3f requests (0x30-0x3f, between servers, are reserved), 0x80-0xbf answers
- *              and content.
+ * [types]      0x01-0x0f handshake, 0x10-0x2f requests, 0x30-0x3f between servers, 0x80-0xbf answers and content.
  *
  *              type  name      direction  payload
- *              0x01  HELLO     to server  magic u32 "RPRS", version u16, flags u32 (1: takes FILE; unknown bits
- *                                         are ignored), token str (empty: none)
+ *              0x01  HELLO     to server  magic u32 "RPRS", version u16, flags u32 (1: takes FILE; 2: direct; unknown
+ *                                         bits are ignored), token str (empty: none)
  *              0x10  GET       to server  offset u64, length u64 (2^53-1: to the end), etag str, path str
  *              0x11  LIST      to server  flags u8 (1: the folders below as well), path str
  *              0x12  STAT      to server  path str
@@ -34,6 +33,7 @@
  *              0x22  MOVE      to server  flags u8 (1: in place of what has the name), path str, new path str
  *              0x23  MKDIR     to server  flags u8 (1: with the folders above it, also if it is there), path str
  *              0x24  SUMS      to server  id str (of an upload; "" for a file), path str
+ *              0x30  LINK      both ways  a JSON object in UTF-8
  *              0x80  WELCOME   to client  version u16, software str
  *              0x81  REDIRECT  to client  port u16, host str
  *              0x82  ERROR     to client  code u16, text str
@@ -48,6 +48,11 @@
  *
  * [handshake]  HELLO -> WELCOME, or REDIRECT (connect there instead), or ERROR and the end of the connection. A server
  *              that does not speak the version answers ERROR `version`, whose text names the versions it speaks.
+ *
+ * [redirect]   A server that others have joined answers HELLO with a REDIRECT to each of them in turn; a client that is
+ *              sent on says HELLO there in the same way, at most five times and never in a circle. With the flag `direct`
+ *              the server answers itself. REDIRECT may also come in place of the META of a GET or a STAT: the version that
+ *              counts is not here yet, but there, where it is to be asked for directly. The connection goes on.
  *
  * [access]     A token is 1 to 255 bytes that the server has given out. ERROR `denied` answers one that is not known, has
  *              expired or leads nowhere, HELLO without one where one is needed, and a request that it does not allow: the
@@ -79,6 +84,10 @@
  * [stat]       STAT -> META, with offset 0.
  * [status]     STATUS -> INFO.
  * [quit]       QUIT -> END, then the server closes.
+ *
+ * [link]       Between a server and one that it has joined: LINK with {"kind": "join", ...} is the request, and if it is
+ *              not answered with ERROR, LINK frames alone travel both ways from then on. What is in them is said at `Message`
+ *              of cluster.ts. It takes a `replica` token or, where the server has no tokens, to be on the same machine.
  *
  * [wait]       WAIT may come before any answer, any number of times: it only says that the answer takes its time. It
  *              does not come while the server itself waits for content.
@@ -125,6 +134,8 @@ export const MAX_TEXT_BYTES = 1024;
 export const TO_THE_END = Number.MAX_SAFE_INTEGER;
 /** A flag of HELLO: FILE may come in place of META, DATA and END. */
 export const TAKES_FILE = 1;
+/** And: the server is to answer itself. */
+export const DIRECT = 2;
 /** As a PUT's `size`: the source tells when it ends. */
 export const UNKNOWN_SIZE = Number.MAX_SAFE_INTEGER;
 
@@ -140,6 +151,7 @@ export const FrameType = {
   MOVE: 0x22,
   MKDIR: 0x23,
   SUMS: 0x24,
+  LINK: 0x30,
   WELCOME: 0x80,
   REDIRECT: 0x81,
   ERROR: 0x82,
@@ -258,7 +270,8 @@ export type Request =
   | { action: "remove"; path: string; recursive: boolean }
   | { action: "move"; path: string; to: string; overwrite: boolean }
   | { action: "mkdir"; path: string; parents: boolean }
-  | { action: "sums"; id: string; path: string };
+  | { action: "sums"; id: string; path: string }
+  | { action: "link"; message: Record<string, unknown> };
 
 /** [put] What goes before an upload's content. */
 export interface Put {
@@ -299,7 +312,8 @@ export type Answer =
   | ({ type: "file"; content: Uint8Array } & Meta)
   | { type: "sum"; length: number; crc32: number }
   | { type: "entries"; entries: Entry[] }
-  | { type: "info"; info: Record<string, unknown> };
+  | { type: "info"; info: Record<string, unknown> }
+  | { type: "link"; message: Record<string, unknown> };
 
 export interface Frame {
   type: number;
@@ -463,7 +477,7 @@ export function encodeHello(hello: Partial<Hello> = {}): Uint8Array {
   return new Writer(FrameType.HELLO).u32(MAGIC).u16(version).u32(flags).str(token).done();
 }
 
-/** [get] [list] [stat] [status] [quit] [put] [change] [sums] */
+/** [get] [list] [stat] [status] [quit] [put] [change] [sums] [link] */
 export function encodeRequest(request: Request): Uint8Array {
   switch (request.action) {
     case "get": {
@@ -488,7 +502,14 @@ export function encodeRequest(request: Request): Uint8Array {
       return new Writer(FrameType.MKDIR).flag(request.parents).path(request.path).done();
     case "sums":
       return new Writer(FrameType.SUMS).str(request.id).path(request.path).done();
+    case "link":
+      return encodeLink(request.message);
   }
+}
+
+/** [link] A JSON object, of MAX_REQUEST_BYTES at the most. */
+export function encodeLink(message: object): Uint8Array {
+  return new Writer(FrameType.LINK).raw(encoder.encode(JSON.stringify(message))).done();
 }
 
 /** [put] offset u64, size u64, mtime i64, flags u8, id str, etag str, path str, content. */
@@ -680,7 +701,7 @@ export function decodeHello(frame: Frame): Hello {
   return hello;
 }
 
-/** [get] [list] [stat] [status] [quit] [put] [change] [sums] Throws `bad_frame`. Paths are not checked here: see `splitPath`. */
+/** [get] [list] [stat] [status] [quit] [put] [change] [sums] [link] Throws `bad_frame`. Paths are not checked here: see `splitPath`. */
 export function decodeRequest(frame: Frame): Request {
   const reader = new Reader(frame.payload);
   const request = readRequest(frame.type, reader);
@@ -716,6 +737,8 @@ function readRequest(type: number, reader: Reader): Request {
       return { action: "mkdir", parents: reader.flag(), path: reader.str() };
     case FrameType.SUMS:
       return { action: "sums", id: reader.str(), path: reader.str() };
+    case FrameType.LINK:
+      return { action: "link", message: readObject(reader, "a LINK") };
     default:
       throw badFrame(`a request of type 0x${type.toString(16)}`);
   }
@@ -781,7 +804,9 @@ function readAnswer(type: number, reader: Reader): Answer {
     case FrameType.ENTRIES:
       return { type: "entries", entries: readEntries(reader) };
     case FrameType.INFO:
-      return { type: "info", info: readInfo(reader) };
+      return { type: "info", info: readObject(reader, "an INFO") };
+    case FrameType.LINK:
+      return { type: "link", message: readObject(reader, "a LINK") };
     default:
       throw badFrame(`an answer of type 0x${type.toString(16)}`);
   }
@@ -810,15 +835,15 @@ function readEntries(reader: Reader): Entry[] {
   return entries;
 }
 
-function readInfo(reader: Reader): Record<string, unknown> {
+function readObject(reader: Reader, what: string): Record<string, unknown> {
   const text = decodeText(reader.rest());
   try {
-    const info: unknown = JSON.parse(text);
-    if (typeof info === "object" && info !== null && !Array.isArray(info)) return { ...info };
+    const value: unknown = JSON.parse(text);
+    if (typeof value === "object" && value !== null && !Array.isArray(value)) return { ...value };
   } catch (cause) {
-    throw new RepriseError("bad_frame", "not the reprise protocol: an INFO that is not JSON", cause);
+    throw new RepriseError("bad_frame", `not the reprise protocol: ${what} that is not JSON`, cause);
   }
-  throw badFrame("an INFO that is not an object");
+  throw badFrame(`${what} that is not an object`);
 }
 
 // ---------------------------------------------------------------------------------------------------- [frame]

@@ -137,6 +137,7 @@ describe("golden bytes", () => {
     [{ action: "mkdir", path: "a/b", parents: true }, "00000006 23 72e17e2f 01 0003 612f62"],
     [{ action: "mkdir", path: "é", parents: false }, "00000005 23 7cd37be6 00 0002 c3a9"],
     [{ action: "sums", id: ID, path: "" }, `00000024 24 bd5cb8b5 0020 ${ID_HEX} 0000`],
+    [{ action: "link", message: { a: 1 } }, "00000007 30 510e8b0a 7b2261223a317d"],
     [{ action: "sums", id: "", path: "f" }, "00000005 24 9045f5dd 0000 0001 66"],
   ];
   test.each(requests)("%o", (request, golden) => {
