@@ -1,0 +1,214 @@
+/**
+ * What a member knows of each path, in SQLite beside the tree: the entries of replica.ts, and how far it has come.
+ *
+ * One process of a server writes it, the keeper; its workers read it, to name a file's version by its content and to know
+ * what is elsewhere. It can be made anew from the tree and the ledger, so a power cut may take its last words.
+ */
+import { Database, type Statement } from "bun:sqlite";
+import { randomUUID } from "node:crypto";
+import { existsSync } from "node:fs";
+import { GONE, type Record, type Version } from "./ledger.ts";
+import type { Entries, Entry } from "./replica.ts";
+
+export const INDEX_FILE = "index.sqlite";
+
+const SCHEMA = `
+  CREATE TABLE IF NOT EXISTS entries (
+    path TEXT PRIMARY KEY, base INTEGER NOT NULL, etag TEXT NOT NULL, digest TEXT NOT NULL, open INTEGER NOT NULL,
+    seen TEXT NOT NULL, known TEXT, sent TEXT, target TEXT) WITHOUT ROWID;
+  CREATE INDEX IF NOT EXISTS open ON entries (path) WHERE open = 1;
+  CREATE INDEX IF NOT EXISTS digest ON entries (digest) WHERE digest <> '';
+  CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID`;
+
+interface Row {
+  path: string;
+  base: number;
+  etag: string;
+  /** sha256 of what is in the tree; "" for what is no file. */
+  digest: string;
+  open: number;
+  /** JSON, as the others. */
+  seen: string;
+  /** Null for the same as `seen`. */
+  known: string | null;
+  sent: string | null;
+  target: string | null;
+}
+
+/** As the keeper has it, the only one that writes. */
+export class Index implements Entries {
+  readonly #db: Database;
+  readonly #get: Statement<Row, [string]>;
+  readonly #set: Statement;
+  readonly #remove: Statement;
+
+  constructor(path: string) {
+    this.#db = new Database(path, { create: true, readwrite: true });
+    this.#db.run("PRAGMA busy_timeout = 5000");
+    this.#db.run("PRAGMA journal_mode = WAL");
+    this.#db.run("PRAGMA synchronous = NORMAL");
+    for (const statement of SCHEMA.split(";")) this.#db.run(statement);
+    this.#get = this.#db.query("SELECT * FROM entries WHERE path = ?");
+    this.#set = this.#db.query("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)");
+    this.#remove = this.#db.query("DELETE FROM entries WHERE path = ?");
+  }
+
+  get(path: string): Entry | undefined {
+    const row = this.#get.get(path);
+    return row ? entryOf(row) : undefined;
+  }
+
+  set({ path, base, etag, seen, known, sent, target }: Entry): void {
+    const [seenText, knownText] = [textOf(seen), textOf(known)];
+    const isOpen = target !== undefined || sent !== undefined || seenText !== knownText;
+    this.#set.run(
+      path,
+      base,
+      etag,
+      seen.sha256,
+      isOpen ? 1 : 0,
+      seenText,
+      knownText === seenText ? null : knownText,
+      sent ? textOf(sent) : null,
+      target ? JSON.stringify(target) : null,
+    );
+  }
+
+  remove(path: string): void {
+    this.#remove.run(path);
+  }
+
+  /** In the order of the log. */
+  open(): Entry[] {
+    const rows = this.#db.query<Row, []>("SELECT * FROM entries WHERE open = 1").all();
+    return rows.map(entryOf).sort((a, b) => (a.target?.revision ?? 0) - (b.target?.revision ?? 0));
+  }
+
+  get openCount(): number {
+    return this.#db.query<{ n: number }, []>("SELECT count(*) AS n FROM entries WHERE open = 1").get()!.n;
+  }
+
+  based(): string[] {
+    const rows = this.#db.query<{ path: string }, []>("SELECT path FROM entries WHERE base > 0").all();
+    return rows.map(({ path }) => path);
+  }
+
+  /** All that something was seen of in a folder, however deep, in the order of their names, a thousand at a time. */
+  *below(folder: string): Generator<Entry> {
+    let [after, end] = folder === "" ? ["", "\u{10ffff}"] : [`${folder}/`, `${folder}0`];
+    const query = this.#db.query<Row, [string, string]>(
+      "SELECT * FROM entries WHERE path > ? AND path < ? ORDER BY path LIMIT 1000",
+    );
+    for (;;) {
+      const rows = query.all(after, end);
+      for (const row of rows) yield entryOf(row);
+      if (rows.length < 1000) return;
+      after = rows.at(-1)!.path;
+    }
+  }
+
+  /** Where the tree has, or had when last seen, a file of that content. */
+  withContent(sha256: string): Entry[] {
+    return this.#db.query<Row, [string]>("SELECT * FROM entries WHERE digest = ? LIMIT 8").all(sha256).map(entryOf);
+  }
+
+  /** Revisions of another ledger mean nothing: what was seen of the tree stays. */
+  forgetLedger(): void {
+    const none = textOf(GONE);
+    this.#db.run("DELETE FROM entries WHERE digest = '' AND seen = ?", [none]);
+    this.#db.run("UPDATE entries SET base = 0, open = 1, known = ?, sent = NULL, target = NULL", [none]);
+  }
+
+  /** Made at the first time. */
+  get node(): string {
+    return String(this.fact("node") ?? this.setFact("node", randomUUID()));
+  }
+
+  fact(name: string): string | number | undefined {
+    const query = this.#db.query<{ value: string | number }, [string]>("SELECT value FROM facts WHERE name = ?");
+    return query.get(name)?.value;
+  }
+
+  setFact<T extends string | number>(name: string, value: T): T {
+    this.#db.run("INSERT OR REPLACE INTO facts VALUES (?, ?)", [name, value]);
+    return value;
+  }
+
+  transaction<T>(work: () => T): T {
+    return this.#db.transaction(work)();
+  }
+
+  close(): void {
+    this.#db.close();
+  }
+}
+
+/** What a worker wants to know of a path. */
+export interface Known {
+  /** The storage's, of the file of which `digest` is the content; "" for none. */
+  etag: string;
+  digest: string;
+  /** What is to be there and is not yet. */
+  target: Record | undefined;
+}
+
+/** As workers read it. */
+export class IndexReader {
+  readonly #db: Database;
+  readonly #get: Statement<Pick<Row, "etag" | "digest" | "target">, [string]>;
+
+  private constructor(path: string) {
+    this.#db = new Database(path, { readonly: true });
+    this.#db.run("PRAGMA busy_timeout = 5000");
+    this.#get = this.#db.query("SELECT etag, digest, target FROM entries WHERE path = ?");
+  }
+
+  /** Undefined where the server is in no cluster, and never was. */
+  static open(path: string): IndexReader | undefined {
+    return existsSync(path) ? new IndexReader(path) : undefined;
+  }
+
+  get(path: string): Known | undefined {
+    const row = this.#get.get(path);
+    return row ? { ...row, target: targetOf(row) } : undefined;
+  }
+
+  /** What is to be in a folder, or below it, and is not yet. */
+  targetsBelow(folder: string): Record[] {
+    const [after, end] = folder === "" ? ["", "\u{10ffff}"] : [`${folder}/`, `${folder}0`];
+    const query = this.#db.query<Pick<Row, "target">, [string, string]>(
+      "SELECT target FROM entries WHERE open = 1 AND target IS NOT NULL AND path > ? AND path < ?",
+    );
+    return query.all(after, end).map((row) => targetOf(row)!);
+  }
+
+  close(): void {
+    this.#db.close();
+  }
+}
+
+function entryOf(row: Row): Entry {
+  const seen = versionOf(row.seen);
+  return {
+    path: row.path,
+    base: row.base,
+    etag: row.etag,
+    seen,
+    known: row.known === null ? seen : versionOf(row.known),
+    sent: row.sent === null ? undefined : versionOf(row.sent),
+    target: targetOf(row),
+  };
+}
+
+function targetOf({ target }: Pick<Row, "target">): Record | undefined {
+  return target === null ? undefined : JSON.parse(target);
+}
+
+function textOf({ kind, size, mtime, sha256 }: Version): string {
+  return JSON.stringify([kind, size, mtime, sha256]);
+}
+
+function versionOf(text: string): Version {
+  const [kind, size, mtime, sha256] = JSON.parse(text);
+  return { kind, size, mtime, sha256 };
+}

@@ -1,0 +1,220 @@
+/**
+ * The ledger: the one ordered log of changes that all members of a cluster follow, and who the members are.
+ *
+ * Each record says what a path is to be from its revision on; only the newest of a path is kept. A change is proposed with
+ * the revision that it was based on, and `decide` says what becomes of it. `EmbeddedLedger` keeps the log in SQLite at the
+ * master; a member sees its master's through the link between them (cluster.ts), and hands it on to members of its own.
+ */
+import { Database, type Statement } from "bun:sqlite";
+import { randomUUID } from "node:crypto";
+
+/** What a path is: a file's content, a folder, or nothing. */
+export interface Version {
+  kind: "file" | "folder" | "gone";
+  /** Bytes; of a file alone, as all of these. */
+  size: number;
+  /** Microseconds since 1970. */
+  mtime: number;
+  /** Hexadecimal. */
+  sha256: string;
+}
+
+export interface Record extends Version {
+  path: string;
+  /** Position in the log, from 1 on. */
+  revision: number;
+  /** The member that made the change. */
+  origin: string;
+  /** sha256 of the file that it took the place of, if one: whoever holds that has lost nothing. */
+  over: string;
+}
+
+export interface Proposal {
+  path: string;
+  /** Revision of the record that the change was made on; 0: there was none. */
+  base: number;
+  version: Version;
+}
+
+/** What became of a proposal: its revision, or that of the record that stands against it. */
+export type Decision = { revision: number } | { refusedFor: number };
+
+/** As a member is known to the others. */
+export interface Member {
+  node: string;
+  /** What clients are told: `host:port`. */
+  address: string;
+  /** It has all of the log up to here in its tree. */
+  revision: number;
+}
+
+/** A stretch of the log: all that is newer than `after`, up to `revision`. */
+export interface Stretch {
+  after: number;
+  revision: number;
+  records: Record[];
+  /** It begins with nothing, since deletions are missing from the log before; `complete` with its last stretch. */
+  snapshot?: "part" | "complete";
+}
+
+export interface Ledger {
+  /** Names this log for good: revisions of another mean nothing. */
+  readonly id: string;
+  readonly revision: number;
+  /** Decides each proposal in order. Resolves when what was appended is on disk and every live member knows of it. */
+  append(origin: string, proposals: Proposal[]): Promise<Decision[]>;
+  /** What is newer than a revision, in order and `limit` records at the most; all there is where that revision is too old. */
+  read(after: number, limit: number): Promise<Stretch>;
+}
+
+export const GONE: Version = { kind: "gone", size: 0, mtime: 0, sha256: "" };
+export const FOLDER: Version = { kind: "folder", size: 0, mtime: 0, sha256: "" };
+
+/** A time that went through a double may be off by a microsecond. */
+export function isSame(a: Version, b: Version): boolean {
+  return hasSameContent(a, b) && (a.kind !== "file" || Math.abs(a.mtime - b.mtime) <= 1);
+}
+
+export function hasSameContent(a: Version, b: Version): boolean {
+  return a.kind === b.kind && a.sha256 === b.sha256;
+}
+
+/**
+ * What becomes of a proposal where `current` is the newest record of its path: a revision that it already has, a refusal, or
+ * undefined for a new record. A change beats a deletion, and what is the same is no conflict.
+ */
+export function decide(current: Record | undefined, { base, version }: Proposal): Decision | undefined {
+  if (!current) return version.kind === "gone" ? { revision: 0 } : undefined;
+  if (isSame(current, version)) return { revision: current.revision };
+  if (current.revision === base || current.kind === "gone") return undefined;
+  return { refusedFor: current.revision };
+}
+
+/** The record of a proposal that is taken. */
+export function recordOf(proposal: Proposal, revision: number, origin: string, current: Record | undefined): Record {
+  const { kind, size, mtime, sha256 } = proposal.version;
+  return { path: proposal.path, revision, kind, size, mtime, sha256, origin, over: current?.sha256 ?? "" };
+}
+
+// ---------------------------------------------------------------------------------------------------- SQLite
+
+const SCHEMA = `
+  CREATE TABLE IF NOT EXISTS records (
+    path TEXT PRIMARY KEY, revision INTEGER NOT NULL UNIQUE, kind TEXT NOT NULL, size INTEGER NOT NULL,
+    mtime INTEGER NOT NULL, sha256 TEXT NOT NULL, origin TEXT NOT NULL, over TEXT NOT NULL) WITHOUT ROWID;
+  CREATE TABLE IF NOT EXISTS members (
+    node TEXT PRIMARY KEY, address TEXT NOT NULL, revision INTEGER NOT NULL, seen INTEGER NOT NULL) WITHOUT ROWID;
+  CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID`;
+/** A deletion is forgotten once all members have it; one that has not been seen for so long is waited for no more. */
+const FORGET_MEMBER_MS = 30 * 24 * 3600 * 1000;
+
+export class EmbeddedLedger {
+  readonly id: string;
+  readonly #db: Database;
+  readonly #newest: Statement<Record, [string]>;
+  readonly #since: Statement<Record, [number, number]>;
+  readonly #insert: Statement;
+  #revision: number;
+
+  /** Throws system errors, and what SQLite finds wrong with the file. */
+  constructor(path: string) {
+    this.#db = new Database(path, { create: true, readwrite: true });
+    this.#db.run("PRAGMA busy_timeout = 5000");
+    this.#db.run("PRAGMA journal_mode = WAL");
+    this.#db.run("PRAGMA synchronous = FULL");
+    for (const statement of SCHEMA.split(";")) this.#db.run(statement);
+    this.#newest = this.#db.query("SELECT * FROM records WHERE path = ?");
+    this.#since = this.#db.query("SELECT * FROM records WHERE revision > ? ORDER BY revision LIMIT ?");
+    this.#insert = this.#db.query(
+      "INSERT OR REPLACE INTO records VALUES ($path, $revision, $kind, $size, $mtime, $sha256, $origin, $over)",
+    );
+    this.id = String(this.#fact("id") ?? this.#setFact("id", randomUUID()));
+    this.#revision = Number(this.#fact("revision") ?? 0);
+  }
+
+  get revision(): number {
+    return this.#revision;
+  }
+
+  /** Decides in order, all in one transaction, which is on disk on return. */
+  append(origin: string, proposals: Proposal[]): { decisions: Decision[]; records: Record[] } {
+    const before = this.#revision;
+    const records: Record[] = [];
+    try {
+      const decisions = this.#db.transaction(() => {
+        const decided = proposals.map((proposal) => {
+          const current = this.newest(proposal.path);
+          const decision = decide(current, proposal);
+          if (decision) return decision;
+          const record = recordOf(proposal, ++this.#revision, origin, current);
+          this.#insert.run(bindings(record));
+          records.push(record);
+          return { revision: record.revision };
+        });
+        if (records.length > 0) this.#setFact("revision", this.#revision);
+        return decided;
+      })();
+      return { decisions, records };
+    } catch (error) {
+      this.#revision = before;
+      throw error;
+    }
+  }
+
+  newest(path: string): Record | undefined {
+    return this.#newest.get(path) ?? undefined;
+  }
+
+  read(after: number, limit: number, snapshotAfter?: number): Stretch {
+    // Within a snapshot the next part is asked for like any other; only its beginning is too old.
+    const isSnapshot = snapshotAfter !== undefined || after < this.#pruned;
+    const start = snapshotAfter ?? (isSnapshot ? 0 : after);
+    const records = this.#since.all(start, limit);
+    const isAll = records.length < limit;
+    const revision = isAll ? this.#revision : records.at(-1)!.revision;
+    if (!isSnapshot) return { after, revision, records };
+    return { after: start, revision, records, snapshot: isAll ? "complete" : "part" };
+  }
+
+  get #pruned(): number {
+    return Number(this.#fact("pruned") ?? 0);
+  }
+
+  // ------------------------------------------------------------------------------------------------ members
+
+  /** Everyone who has ever joined and was not forgotten. `seen`: when it was last there, in ms since 1970. */
+  members(): (Member & { seen: number })[] {
+    return this.#db.query<Member & { seen: number }, []>("SELECT * FROM members ORDER BY address").all();
+  }
+
+  note({ node, address, revision }: Member, now = Date.now()): void {
+    this.#db.run("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?)", [node, address, revision, now]);
+  }
+
+  /** Forgets members that have not been seen for a month, and the deletions that all others have. */
+  prune(own: number, now = Date.now()): void {
+    this.#db.transaction(() => {
+      this.#db.run("DELETE FROM members WHERE seen < ?", [now - FORGET_MEMBER_MS]);
+      const passed = Math.min(own, ...this.members().map(({ revision }) => revision));
+      const { changes } = this.#db.run("DELETE FROM records WHERE kind = 'gone' AND revision <= ?", [passed]);
+      if (changes > 0) this.#setFact("pruned", passed);
+    })();
+  }
+
+  close(): void {
+    this.#db.close();
+  }
+
+  #fact(name: string): unknown {
+    return this.#db.query<{ value: unknown }, [string]>("SELECT value FROM facts WHERE name = ?").get(name)?.value;
+  }
+
+  #setFact<T extends string | number>(name: string, value: T): T {
+    this.#db.run("INSERT OR REPLACE INTO facts VALUES (?, ?)", [name, value]);
+    return value;
+  }
+}
+
+function bindings(record: Record): { [name: string]: string | number } {
+  return Object.fromEntries(Object.entries(record).map(([name, value]) => [`$${name}`, value]));
+}
