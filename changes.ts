@@ -20,6 +20,7 @@ import {
   openSync,
   readdirSync,
   renameSync,
+  rmdirSync,
   statfsSync,
   unlinkSync,
   writeSync,
@@ -71,7 +72,14 @@ const MAX_DEPTH = 128;
 /** What even an empty file takes of a disk. */
 const BLOCK_BYTES = 4096;
 
-export type Change = Upload | Extract<Request, { action: "remove" | "move" | "mkdir" }>;
+export type Change = Upload | Extract<Request, { action: "remove" | "move" | "mkdir" }> | Correction;
+/**
+ * What the keeper of a cluster changes, each only where there still is the version `etag`: a file goes, or its name alone;
+ * a folder, whose etag is "", goes only if it is empty.
+ */
+export type Correction =
+  | { action: "clear"; path: string; etag: string }
+  | { action: "aside"; path: string; etag: string; to: string };
 /** What became of a change: the new version of an upload, nothing for others, or what was wrong. */
 export type Outcome = Meta | RepriseError | undefined;
 
@@ -284,6 +292,11 @@ export class Changes {
       if (change instanceof Upload) return this.#place(change, folders);
       if (change.action === "remove") return this.#remove(change.path, change.recursive, folders);
       if (change.action === "move") return this.#move(change.path, change.to, change.overwrite, folders);
+      if (change.action === "clear") return this.#clear(change.path, change.etag, folders);
+      if (change.action === "aside") {
+        checkVersion(change, folders.parentOf(change.path).path);
+        return this.#move(change.path, change.to, false, folders);
+      }
       return this.#makeFolder(change.path, change.parents, folders);
     } catch (error) {
       return this.#wrap(error, pathOfChange(change));
@@ -357,6 +370,17 @@ export class Changes {
     folders.touch(from.folder);
     folders.touch(target.folder);
     folders.forget();
+  }
+
+  #clear(path: string, etag: string, folders: Folders): undefined {
+    const { path: place, folder } = folders.parentOf(path);
+    const target = lookAt(place);
+    if (!target) return;
+    checkVersion({ path, etag }, place);
+    folders.touch(folder);
+    if (!target.isDirectory()) return void unlinkSync(place);
+    folders.forget();
+    rmdirSync(place);
   }
 
   #makeFolder(path: string, parents: boolean, folders: Folders): undefined {
@@ -726,6 +750,13 @@ function checkTarget({ path, noClobber, etag }: Put, place: string): Stats {
     );
   }
   return target;
+}
+
+/** Throws `changed` where there is another version than that; a folder has none. */
+function checkVersion({ path, etag }: { path: string; etag: string }, place: string): void {
+  const target = lookAt(place);
+  const found = target && metaOf(target, path).etag;
+  if (found !== etag) throw new RepriseError("changed", `changed on the server: ${quote(path)}`);
 }
 
 /** rename(2) that never replaces; false where something has the name. */

@@ -41,6 +41,16 @@ export interface FolderCalls {
   seekFolder(folder: number, position: bigint): number;
   /** statx(2) of the name that starts at `at` in `names` and ends with a NUL, following no link; or -errno. */
   statAt(folder: number, names: Uint8Array, at: number): Stat | number;
+  /** What tells the version of what `statAt` looked at last. */
+  identity(): Identity;
+}
+
+/** As in node's BigIntStats: nanoseconds since 1970. */
+export interface Identity {
+  ino: bigint;
+  size: bigint;
+  mtimeNs: bigint;
+  ctimeNs: bigint;
 }
 
 /** What a service manager is told things with; a script that is not run by one needs none of it. */
@@ -113,11 +123,11 @@ const O_PATH_NOFOLLOW_CLOEXEC = 0o10000000 | 0o400000 | 0o2000000;
 const RESOLVE_STRICTLY_BENEATH = 0x02 | 0x04 | 0x08;
 /** AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT */
 const AT_THE_NAME_ITSELF = 0x100 | 0x800;
-/** STATX_TYPE | STATX_MTIME | STATX_SIZE */
-const STATX_WANTED = 0x1 | 0x40 | 0x200;
+/** STATX_TYPE | STATX_MTIME | STATX_CTIME | STATX_INO | STATX_SIZE */
+const STATX_WANTED = 0x1 | 0x40 | 0x80 | 0x100 | 0x200;
 const STATX_BYTES = 256;
 /** Places in what statx fills in, the same on every architecture. */
-const Statx = { mode: 28, size: 40, mtimeSeconds: 112, mtimeNanoseconds: 120 } as const;
+const Statx = { mode: 28, ino: 32, size: 40, ctime: 96, mtimeSeconds: 112, mtimeNanoseconds: 120 } as const;
 const S_IFMT = 0o170000;
 const S_IFREG = 0o100000;
 const S_IFDIR = 0o040000;
@@ -235,6 +245,12 @@ function bindFolderCalls(name: string): FolderCalls {
       const name = (pointerTo(names) + at) as Pointer;
       return c.statx(folder, name, AT_THE_NAME_ITSELF, STATX_WANTED, stat) < 0 ? -read.i32(errnoAt) : readStat(view);
     },
+    identity: () => ({
+      ino: view.getBigUint64(Statx.ino, true),
+      size: view.getBigUint64(Statx.size, true),
+      mtimeNs: nanosecondsAt(view, Statx.mtimeSeconds),
+      ctimeNs: nanosecondsAt(view, Statx.ctime),
+    }),
   };
 }
 
@@ -288,6 +304,10 @@ function readStat(view: DataView): Stat {
   const kind = type === S_IFREG ? "file" : type === S_IFDIR ? "folder" : "other";
   const size = view.getUint32(Statx.size, true) + view.getUint32(Statx.size + 4, true) * 2 ** 32;
   return { kind, size, mtime: readTime(view) };
+}
+
+function nanosecondsAt(view: DataView, at: number): bigint {
+  return view.getBigInt64(at, true) * 1_000_000_000n + BigInt(view.getUint32(at + 8, true));
 }
 
 /** Nanoseconds count forward, before 1970 as well: there, cutting towards zero is rounding up. */

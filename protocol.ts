@@ -258,6 +258,8 @@ export interface Meta {
 export interface Entry extends Omit<Meta, "etag"> {
   /** Relative to the folder that was listed. */
   path: string;
+  /** Of a file, for who has asked for it; it does not travel. */
+  etag?: string;
 }
 
 export type Request =

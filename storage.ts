@@ -13,7 +13,7 @@ import { isUtf8 } from "node:buffer";
 import { type BigIntStats, closeSync, constants, fstatSync, lstatSync, openSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { isInMemory, readCached, readFully } from "./disk.ts";
-import { Dirent, DirentKind, Errno, type FolderCalls, folderCalls, libc, type Stat } from "./libc.ts";
+import { Dirent, DirentKind, Errno, type FolderCalls, folderCalls, type Identity, libc, type Stat } from "./libc.ts";
 import {
   BufferPool,
   crc32Combine,
@@ -58,9 +58,12 @@ export interface Root {
   readNow(path: string): { meta: Meta; content: Uint8Array } | undefined;
   /**
    * The entries of a folder as they come, with those of the folders below it if `recursive`, as many at a time as can
-   * be had without holding up others, however deep, with one descriptor. Throws `not_a_folder`.
+   * be had without holding up others, however deep, with one descriptor. Files have their etag if `etags`. Throws
+   * `not_a_folder`.
    */
-  list(path: string, recursive: boolean): AsyncIterable<Entry[]>;
+  list(path: string, recursive: boolean, etags?: boolean): AsyncIterable<Entry[]>;
+  /** The same as `stat`, at once: a change of the last moment may hide behind its etag. Undefined for nothing. */
+  look(path: string): Meta | undefined;
   /**
    * One of its folders as a root of its own: whatever folder has that name at the moment. Not to be closed, and of no use
    * when this is. Throws `not_a_folder`.
@@ -158,14 +161,27 @@ class FolderRoot implements Root {
     return this.#inMemory && stat.dev === this.#device;
   }
 
-  async *list(path: string, recursive: boolean): AsyncGenerator<Entry[]> {
+  look(path: string): Meta | undefined {
+    let at: number | undefined;
+    try {
+      at = this.#locate(path);
+      return metaOf(fstatSync(at, { bigint: true }), path);
+    } catch (error) {
+      if (error instanceof RepriseError && error.code === "not_found") return undefined;
+      throw error;
+    } finally {
+      if (at !== undefined) closeSync(at);
+    }
+  }
+
+  async *list(path: string, recursive: boolean, etags = false): AsyncGenerator<Entry[]> {
     const turn = new Turn();
-    const levels = [new Level("", recursive)];
+    const levels = [new Level("", recursive, etags)];
     for (let level = levels.at(-1); level; level = levels.at(-1)) {
       // Here too, for the sake of folders without an entry.
       if (turn.isOver) await turn.next();
       const folder = level.nextFolder();
-      if (folder !== undefined) levels.push(new Level(folder, true));
+      if (folder !== undefined) levels.push(new Level(folder, true, etags));
       else if (level.position === undefined) levels.pop();
       else yield* this.#readLevel(path, level, turn);
     }
@@ -433,13 +449,16 @@ class Level {
   /** Where to read on, as the file system counts; undefined at the end. */
   position: bigint | undefined = 0n;
   readonly #recursive: boolean;
+  /** Files are to have their etag. */
+  readonly etags: boolean;
   /** Names alone, since there may be many. */
   #folders: string[] = [];
   #taken = 0;
 
-  constructor(below: string, recursive: boolean) {
+  constructor(below: string, recursive: boolean, etags: boolean) {
     this.below = below;
     this.#recursive = recursive;
+    this.etags = etags;
   }
 
   get prefix(): string {
@@ -539,7 +558,9 @@ function readEntry(
   // Such calls are known to be forbidden to containers.
   if (stat === -Errno.ENOSYS || stat === -Errno.EPERM) return level.note(name, entryAt(folder, name, prefix));
   if (typeof stat === "number") return unlessGone(-stat, prefix + name);
-  return level.note(name, entryOf(stat, prefix + name));
+  const entry = entryOf(stat, prefix + name);
+  if (entry?.kind === "file" && level.etags) entry.etag = etagOf(calls.identity());
+  return level.note(name, entry);
 }
 
 function entryOf({ kind, size, mtime }: Stat, path: string): Entry | undefined {
@@ -564,8 +585,8 @@ function* lookUpEntries(folder: number, names: string[], level: Level): Generato
 
 function entryAt(folder: number, name: string, prefix: string): Entry | undefined {
   try {
-    const { kind, size, mtime } = metaOf(lstatSync(`${beneath(folder)}/${name}`, { bigint: true }), name);
-    return { kind, size, mtime, path: prefix + name };
+    const { kind, size, mtime, etag } = metaOf(lstatSync(`${beneath(folder)}/${name}`, { bigint: true }), name);
+    return { kind, size, mtime, etag, path: prefix + name };
   } catch (error) {
     if (error instanceof RepriseError) return undefined;
     return unlessGone(errorNumber(error), prefix + name);
@@ -621,7 +642,7 @@ function isSendable(size: number, mtime: number): boolean {
 const etagFields = new BigInt64Array(4);
 
 /** Hashed, because an inode number is nobody's business. */
-export function etagOf(stat: BigIntStats): string {
+export function etagOf(stat: Identity): string {
   etagFields[0] = stat.ino;
   etagFields[1] = stat.size;
   etagFields[2] = stat.mtimeNs;
