@@ -169,6 +169,11 @@ export class Changes {
     }
   }
 
+  /** Bytes that are held of an upload. */
+  held(id: string): number {
+    return Number(lookAt(`${this.#staging}/put-${id}`)?.size ?? 0);
+  }
+
   /** Makes the changes in their order, and returns when all that succeeded are on disk. */
   async apply(changes: Change[]): Promise<Outcome[]> {
     const outcomes: Outcome[] = await this.#syncContents(changes);

@@ -15,8 +15,9 @@ export const INDEX_FILE = "index.sqlite";
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS entries (
     path TEXT PRIMARY KEY, base INTEGER NOT NULL, etag TEXT NOT NULL, digest TEXT NOT NULL, open INTEGER NOT NULL,
-    seen TEXT NOT NULL, known TEXT, sent TEXT, target TEXT) WITHOUT ROWID;
+    revision INTEGER NOT NULL, seen TEXT NOT NULL, known TEXT, sent TEXT, target TEXT) WITHOUT ROWID;
   CREATE INDEX IF NOT EXISTS open ON entries (path) WHERE open = 1;
+  CREATE INDEX IF NOT EXISTS revision ON entries (revision) WHERE revision > 0;
   CREATE INDEX IF NOT EXISTS digest ON entries (digest) WHERE digest <> '';
   CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID`;
 
@@ -27,6 +28,8 @@ interface Row {
   /** sha256 of what is in the tree; "" for what is no file. */
   digest: string;
   open: number;
+  /** Of the newest record that is known. */
+  revision: number;
   /** JSON, as the others. */
   seen: string;
   /** Null for the same as `seen`. */
@@ -39,6 +42,7 @@ interface Row {
 export class Index implements Entries {
   readonly #db: Database;
   readonly #get: Statement<Row, [string]>;
+  readonly #seen: Statement<Pick<Row, "etag" | "seen">, [string]>;
   readonly #set: Statement;
   readonly #remove: Statement;
 
@@ -49,7 +53,8 @@ export class Index implements Entries {
     this.#db.run("PRAGMA synchronous = NORMAL");
     for (const statement of SCHEMA.split(";")) this.#db.run(statement);
     this.#get = this.#db.query("SELECT * FROM entries WHERE path = ?");
-    this.#set = this.#db.query("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)");
+    this.#seen = this.#db.query("SELECT etag, seen FROM entries WHERE path = ?");
+    this.#set = this.#db.query("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
     this.#remove = this.#db.query("DELETE FROM entries WHERE path = ?");
   }
 
@@ -67,6 +72,7 @@ export class Index implements Entries {
       etag,
       seen.sha256,
       isOpen ? 1 : 0,
+      target?.revision ?? base,
       seenText,
       knownText === seenText ? null : knownText,
       sent ? textOf(sent) : null,
@@ -76,6 +82,12 @@ export class Index implements Entries {
 
   remove(path: string): void {
     this.#remove.run(path);
+  }
+
+  /** Whether that is what was last seen under a name. */
+  isSeen(path: string, kind: "file" | "folder", etag: string): boolean {
+    const row = this.#seen.get(path);
+    return row?.etag === etag && row.seen.startsWith(`["${kind}"`);
   }
 
   /** In the order of the log. */
@@ -116,7 +128,31 @@ export class Index implements Entries {
   forgetLedger(): void {
     const none = textOf(GONE);
     this.#db.run("DELETE FROM entries WHERE digest = '' AND seen = ?", [none]);
-    this.#db.run("UPDATE entries SET base = 0, open = 1, known = ?, sent = NULL, target = NULL", [none]);
+    this.#db.run("UPDATE entries SET base = 0, revision = 0, open = 1, known = ?, sent = NULL, target = NULL", [none]);
+  }
+
+  /** The newest record of each path that is newer than `after`, in order: as far as the index goes, what a ledger says. */
+  records(after: number, limit: number): Record[] {
+    const query = this.#db.query<Row, [number, number]>(
+      "SELECT * FROM entries WHERE revision > ? AND revision > 0 ORDER BY revision LIMIT ?",
+    );
+    return query.all(after, limit).map((row) => {
+      const { path, base, known, target } = entryOf(row);
+      return target ?? { path, revision: base, ...known, origin: "", over: "" };
+    });
+  }
+
+  /** Forgets deletions up to a revision; returns how many. */
+  prune(revision: number): number {
+    const gone = textOf(GONE);
+    const sql = "DELETE FROM entries WHERE seen = ? AND open = 0 AND revision > 0 AND revision <= ?";
+    return this.#db.run(sql, [gone, revision]).changes;
+  }
+
+  /** Of the records that the tree does not have yet, the oldest; undefined if it has all. */
+  get oldestTarget(): number | undefined {
+    const sql = "SELECT min(revision) AS least FROM entries WHERE open = 1 AND target IS NOT NULL";
+    return this.#db.query<{ least: number | null }, []>(sql).get()?.least ?? undefined;
   }
 
   /** Made at the first time. */

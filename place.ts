@@ -1,0 +1,514 @@
+/**
+ * Brings a member's tree to what the ledger's records say: content from elsewhere in the tree, or fetched from a member that
+ * has it, then staged, checked, and renamed as the server does with an upload (changes.ts).
+ *
+ * Nothing is replaced or removed that is not what the index knows of: then the tree is looked at once more, and replica.ts
+ * says what comes of that. What cannot be done is tried again later, and said in `status` until then.
+ */
+import { type Change, type Changes, type Outcome, Upload } from "./changes.ts";
+import { readFully, setTime } from "./disk.ts";
+import type { Index } from "./index.ts";
+import { hasSameContent, type Record } from "./ledger.ts";
+import { checkMeta, type Peer } from "./peer.ts";
+import type { Exchange } from "./pipeline.ts";
+import { MAX_CONTENT_BYTES, type Meta, type Put, quote, RepriseError, TO_THE_END } from "./protocol.ts";
+import type { Remote } from "./remote.ts";
+import type { Entry, Event } from "./replica.ts";
+import type { Target } from "./resume.ts";
+import type { Root } from "./storage.ts";
+
+/** Records that are gone about together. */
+const MAX_ROUND = 256;
+/** Large files that come at a time, beside the small ones. */
+const MAX_LARGE = 2;
+/** The wait before what failed is tried again, longer each time. */
+const FIRST_RETRY_MS = 100;
+const LAST_RETRY_MS = 5_000;
+/** What nobody has is soon superseded, as a rule; after so many attempts it is a problem. */
+const TRIES_UNSAID = 5;
+const HASH_BYTES = 1024 * 1024;
+/** A file's version on the wire: so many hexadecimal digits of its sha256. */
+const DIGEST_LENGTH = 32;
+
+export function digestEtag(sha256: string): string {
+  return sha256.slice(0, DIGEST_LENGTH);
+}
+
+export interface PlacerOptions {
+  root: Root;
+  changes: Changes;
+  index: Index;
+  /** Where a record's content may be had, the likeliest first. */
+  holdersOf(record: Record): string[];
+  connectTo(address: string): Remote;
+  take(events: Event[]): void;
+  /** Looks at what the tree has there. */
+  examine(paths: string[]): void;
+}
+
+/** A record that the tree does not have yet. */
+interface Want {
+  record: Record;
+  /** What the tree has in its place. */
+  etag: string;
+  tries: number;
+}
+
+export class Placer {
+  readonly #options: PlacerOptions;
+  readonly #wanted = new Map<string, Want>();
+  /** Waiting for their next try. */
+  readonly #later = new Map<string, Want>();
+  readonly #large = new Set<string>();
+  readonly #problems = new Map<string, string>();
+  readonly #remotes = new Map<string, Remote>();
+  #isWorking = false;
+  #isClosed = false;
+
+  constructor(options: PlacerOptions) {
+    this.#options = options;
+  }
+
+  /** What keeps the tree behind, in one line. */
+  get problem(): string | undefined {
+    const [first] = this.#problems.values();
+    const others = this.#problems.size - 1;
+    return first && others > 0 ? `${first} (and ${others} more)` : first;
+  }
+
+  want(record: Record, etag: string): void {
+    const before = this.#wanted.get(record.path) ?? this.#later.get(record.path);
+    this.#later.delete(record.path);
+    const tries = before?.record.revision === record.revision ? before.tries : 0;
+    this.#wanted.set(record.path, { record, etag, tries });
+    this.#work();
+  }
+
+  /** Gives what lost a conflict its other name. */
+  async aside(path: string, etag: string, to: string): Promise<void> {
+    for (let number = 1; number < 1000; number++) {
+      const name = number === 1 ? to : numbered(to, number);
+      const [outcome] = await this.#options.changes.apply([{ action: "aside", path, etag, to: name }]);
+      if (outcome instanceof RepriseError && outcome.code === "exists") continue;
+      if (outcome instanceof RepriseError) this.#problems.set(path, outcome.message);
+      else this.#problems.delete(path);
+      return this.#options.examine([path, name]);
+    }
+  }
+
+  /** Everything that waits is tried at once: somebody has come who may have it. */
+  hurry(): void {
+    for (const want of this.#later.values()) this.#wanted.set(want.record.path, want);
+    this.#later.clear();
+    this.#work();
+  }
+
+  /** Lets go of connections. */
+  close(): void {
+    this.#isClosed = true;
+    for (const remote of this.#remotes.values()) remote.giveUp();
+  }
+
+  async #work(): Promise<void> {
+    if (this.#isWorking) return;
+    this.#isWorking = true;
+    // What is wanted together goes together.
+    await Promise.resolve();
+    while (this.#wanted.size > 0 && !this.#isClosed) await this.#round();
+    this.#isWorking = false;
+  }
+
+  async #round(): Promise<void> {
+    const round: Want[] = [];
+    for (const [path, want] of this.#wanted) {
+      if (round.length >= MAX_ROUND) break;
+      const { kind, size } = want.record;
+      const isLarge = kind === "file" && size > MAX_CONTENT_BYTES;
+      if (isLarge && (this.#large.has(path) || this.#large.size >= MAX_LARGE)) continue;
+      this.#wanted.delete(path);
+      if (isLarge) this.#placeLarge(want);
+      else round.push(want);
+    }
+    const of = (kind: Record["kind"]) => round.filter(({ record }) => record.kind === kind);
+    // All that is left is large, and waits for its turn.
+    if (round.length === 0) return void (await new Promise((resolve) => setTimeout(resolve, FIRST_RETRY_MS)));
+    await this.#placeFolders(of("folder").sort(byPath));
+    await this.#placeFiles(of("file"));
+    await this.#clear(of("gone").sort(byPath).reverse());
+  }
+
+  // ------------------------------------------------------------------------------------------------ folders, deletions
+
+  async #placeFolders(wants: Want[]): Promise<void> {
+    const inTheWay = wants.filter(({ etag }) => etag !== "");
+    await this.#options.changes.apply(inTheWay.map(({ record: { path }, etag }) => ({ action: "clear", path, etag })));
+    await this.#apply(
+      wants,
+      wants.map(({ record: { path } }) => ({ action: "mkdir", path, parents: true })),
+    );
+  }
+
+  #clear(wants: Want[]): Promise<void> {
+    return this.#apply(
+      wants,
+      wants.map(({ record: { path }, etag }) => ({ action: "clear", path, etag })),
+    );
+  }
+
+  // ------------------------------------------------------------------------------------------------ files
+
+  async #placeFiles(wants: Want[]): Promise<void> {
+    const staged: { want: Want; upload: Upload }[] = [];
+    const toFetch = new Map<string, Fetch[]>();
+    const failed = (want: Want, error: unknown) => this.#failed(want, error);
+    for (const want of wants) {
+      try {
+        if (await this.#retime(want)) continue;
+        const upload = await this.#copy(want);
+        if (upload) staged.push({ want, upload });
+        else {
+          const { changes } = this.#options;
+          const take = (upload: Upload) => void staged.push({ want, upload });
+          const holder = this.#holderOf(want);
+          toFetch.set(holder, [...(toFetch.get(holder) ?? []), new Fetch(changes, this.#putOf(want), want, take, failed)]);
+        }
+      } catch (error) {
+        failed(want, error);
+      }
+    }
+    for (const [holder, fetches] of toFetch) {
+      // What a lost connection leaves is told to each by itself.
+      await this.#remoteOf(holder)
+        .run([...fetches])
+        .catch((error) => {
+          for (const fetch of fetches) fetch.failed(error);
+        });
+    }
+    try {
+      await this.#apply(
+        staged.map(({ want }) => want),
+        staged.map(({ upload }) => upload),
+      );
+    } finally {
+      for (const { upload } of staged) upload.close();
+    }
+  }
+
+  async #placeLarge(want: Want): Promise<void> {
+    const { path } = want.record;
+    this.#large.add(path);
+    let upload: Upload | undefined;
+    try {
+      if (await this.#retime(want)) return;
+      upload = (await this.#copy(want)) ?? (await this.#download(want));
+      await this.#apply([want], [upload]);
+    } catch (error) {
+      this.#failed(want, error);
+    } finally {
+      upload?.close();
+      this.#large.delete(path);
+      this.#work();
+    }
+  }
+
+  async #download(want: Want): Promise<Upload> {
+    const { record } = want;
+    const { changes } = this.#options;
+    const id = digestEtag(record.sha256);
+    const held = Math.min(changes.held(id), record.size);
+    const target = new StagedTarget(changes, { ...this.#putOf(want), id, offset: held });
+    try {
+      await this.#remoteOf(this.#holderOf(want)).download(record.path, target);
+      await target.settle();
+      if ((await sha256Of(target.upload.fd, record.size)) === record.sha256) return target.upload;
+      target.upload.drop();
+      throw damaged(record);
+    } catch (error) {
+      target.upload.close();
+      throw error;
+    }
+  }
+
+  /** The same content with another time is not written again. */
+  async #retime({ record, etag }: Want): Promise<boolean> {
+    const { root, index, take } = this.#options;
+    const entry = index.get(record.path);
+    if (!entry || !hasSameContent(entry.seen, record) || entry.etag !== etag) return false;
+    const file = await root.open(record.path);
+    try {
+      if (file.meta.etag !== etag || file.fd === undefined) return false;
+      setTime(file.fd, record.mtime);
+    } finally {
+      file.close();
+    }
+    take([{ kind: "placed", record, etag: (await root.stat(record.path)).etag }]);
+    return true;
+  }
+
+  /** Content that the tree has under another name moves no bytes between members. */
+  async #copy(want: Want): Promise<Upload | undefined> {
+    const { index } = this.#options;
+    for (const entry of index.withContent(want.record.sha256)) {
+      const upload = await this.#copyFrom(entry, want);
+      if (upload) return upload;
+    }
+    return undefined;
+  }
+
+  async #copyFrom({ path, etag }: Entry, want: Want): Promise<Upload | undefined> {
+    const { root, changes } = this.#options;
+    if (root.look(path)?.etag !== etag) return undefined;
+    const file = await root.open(path);
+    let upload: Upload | undefined;
+    try {
+      const { size } = file.meta;
+      if (file.meta.etag !== etag || size !== want.record.size) return undefined;
+      upload = changes.receive(this.#putOf(want), true);
+      const hasher = new Bun.CryptoHasher("sha256");
+      for (let at = 0; at < size; at += HASH_BYTES) {
+        const chunk = await file.read(at, Math.min(HASH_BYTES, size - at));
+        hasher.update(chunk);
+        await upload.append(chunk, Bun.hash.crc32(chunk), () => {});
+      }
+      await upload.settle();
+      if (hasher.digest("hex") === want.record.sha256) return upload;
+    } catch (error) {
+      upload?.close();
+      throw error;
+    } finally {
+      file.close();
+    }
+    upload.close();
+    return undefined;
+  }
+
+  #putOf({ record: { path, size, mtime }, etag }: Want): Put {
+    const isThere = etag !== "";
+    return { action: "put", path, id: "", offset: 0, size, mtime, noClobber: !isThere, etag, parents: true };
+  }
+
+  #holderOf({ record, tries }: Want): string {
+    const holders = this.#options.holdersOf(record);
+    const holder = holders[tries % holders.length];
+    if (holder === undefined) throw new RepriseError("lost", `nobody is there who has ${quote(record.path)}`);
+    return holder;
+  }
+
+  #remoteOf(holder: string): Remote {
+    const remote = this.#remotes.get(holder) ?? this.#options.connectTo(holder);
+    this.#remotes.set(holder, remote);
+    return remote;
+  }
+
+  // ------------------------------------------------------------------------------------------------ outcomes
+
+  async #apply(wants: Want[], changes: Change[]): Promise<void> {
+    if (wants.length === 0) return;
+    const outcomes = await this.#options.changes.apply(changes).catch((error) => wants.map(() => error as RepriseError));
+    const events: Event[] = [];
+    for (const [index, want] of wants.entries()) {
+      const outcome = outcomes[index];
+      if (outcome instanceof Error) this.#failed(want, outcome);
+      else events.push(this.#placed(want, outcome));
+    }
+    if (events.length > 0) this.#options.take(events);
+  }
+
+  #placed({ record }: Want, outcome: Outcome): Event {
+    this.#problems.delete(record.path);
+    return { kind: "placed", record, etag: (outcome as Meta | undefined)?.etag ?? "" };
+  }
+
+  #failed(want: Want, error: unknown): void {
+    const { record } = want;
+    if (!(error instanceof RepriseError)) throw error;
+    const { code } = error;
+    // A folder that is not empty: of what was there before, or with something new in it.
+    if (record.kind === "gone" && code === "exists" && !this.#hasTargetsBelow(record.path))
+      return this.#options.take([{ kind: "kept", record }]);
+    if (UNEXPECTED.has(code)) this.#options.examine([record.path]);
+    else if (!UNSAID.has(code) || want.tries >= TRIES_UNSAID) this.#problems.set(record.path, error.message);
+    this.#tryLater(want);
+  }
+
+  #hasTargetsBelow(folder: string): boolean {
+    for (const { target } of this.#options.index.below(folder)) if (target) return true;
+    return false;
+  }
+
+  #tryLater(want: Want): void {
+    const { path } = want.record;
+    if (this.#wanted.has(path) || this.#isClosed) return;
+    const next = { ...want, tries: want.tries + 1 };
+    this.#later.set(path, next);
+    setTimeout(
+      () => {
+        if (this.#later.get(path) !== next) return;
+        this.#later.delete(path);
+        this.#wantAgain(next);
+      },
+      Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** want.tries),
+    );
+  }
+
+  /** If it is still what is to be done. */
+  #wantAgain(want: Want): void {
+    const entry = this.#options.index.get(want.record.path);
+    if (entry?.target?.revision !== want.record.revision) {
+      this.#problems.delete(want.record.path);
+      return;
+    }
+    this.#wanted.set(want.record.path, { ...want, etag: entry.etag });
+    this.#work();
+  }
+}
+
+/** The tree is not what the index says. */
+const UNEXPECTED: ReadonlySet<string> = new Set(["changed", "exists", "not_a_file", "not_a_folder"]);
+/** What may be so for a moment: the holder has it not yet, or has something newer. */
+const UNSAID: ReadonlySet<string> = new Set(["not_found", "lost", "timeout", "idle", "busy", "shutting_down", "in_use"]);
+
+/** A small file on its way here. */
+class Fetch implements Exchange {
+  readonly #changes: Changes;
+  readonly #put: Put;
+  readonly #want: Want;
+  readonly #take: (upload: Upload) => void;
+  readonly #onFailure: (want: Want, error: unknown) => void;
+  #isDone = false;
+
+  constructor(
+    changes: Changes,
+    put: Put,
+    want: Want,
+    take: (upload: Upload) => void,
+    onFailure: (want: Want, error: unknown) => void,
+  ) {
+    this.#changes = changes;
+    this.#put = put;
+    this.#want = want;
+    this.#take = take;
+    this.#onFailure = onFailure;
+  }
+
+  /** Of whatever version: the digest tells whether it is the one. */
+  ask(peer: Peer): Promise<void> | undefined {
+    return peer.askNow({ action: "get", path: this.#put.path, offset: 0, length: TO_THE_END, etag: "" });
+  }
+
+  async take(peer: Peer): Promise<boolean> {
+    const answer = await peer.expect("meta", "file");
+    const { record } = this.#want;
+    if (answer.type === "file") {
+      const isRight = Bun.SHA256.hash(answer.content, "hex") === record.sha256;
+      if (!isRight) throw superseded(record);
+      this.#keep((upload) => upload.write(answer.content));
+      return false;
+    }
+    checkMeta(answer, answer.offset, { offset: 0, etag: "" });
+    const chunks: Uint8Array[] = [];
+    const receiver = {
+      bytes: 0,
+      async append(chunk: Uint8Array, _: number, free: (chunk: Uint8Array) => void) {
+        chunks.push(chunk.slice());
+        receiver.bytes += chunk.length;
+        free(chunk);
+      },
+    };
+    if (answer.size > MAX_CONTENT_BYTES) {
+      // It has grown meanwhile.
+      await peer.skip();
+      throw superseded(record);
+    }
+    await peer.receive(receiver, answer.size);
+    const content = Buffer.concat(chunks);
+    if (Bun.SHA256.hash(content, "hex") !== record.sha256) throw superseded(record);
+    this.#keep((upload) => upload.write(content));
+    return false;
+  }
+
+  failed(error: RepriseError): void {
+    if (!this.#isDone) this.#onFailure(this.#want, error);
+    this.#isDone = true;
+  }
+
+  #keep(write: (upload: Upload) => void): void {
+    const upload = this.#changes.receive(this.#put, true);
+    try {
+      write(upload);
+    } catch (error) {
+      upload.close();
+      throw error;
+    }
+    this.#isDone = true;
+    this.#take(upload);
+  }
+}
+
+/** A large file on its way here: staged under a name of its content, so that it goes on after any interruption. */
+class StagedTarget implements Target {
+  readonly etag: string;
+  readonly end = undefined;
+  readonly restartable = true;
+  readonly #changes: Changes;
+  readonly #put: Put;
+  upload: Upload;
+
+  constructor(changes: Changes, put: Put) {
+    this.#changes = changes;
+    this.#put = put;
+    this.etag = put.id;
+    this.upload = changes.receive(put, true);
+  }
+
+  get bytes(): number {
+    return this.upload.bytes;
+  }
+
+  /** Another version than that of the record is of no use. */
+  begin({ etag }: Meta): void {
+    if (etag !== this.etag) throw new RepriseError("not_found", `superseded: ${quote(this.#put.path)}`);
+  }
+
+  append(chunk: Uint8Array, crc32: number, free: (chunk: Uint8Array) => void): Promise<void> {
+    return this.upload.append(chunk, crc32, free);
+  }
+
+  settle(): Promise<void> {
+    return this.upload.settle();
+  }
+
+  reset(): void {
+    this.upload.close();
+    this.upload = this.#changes.receive({ ...this.#put, offset: 0 }, true);
+  }
+}
+
+async function sha256Of(fd: number, size: number): Promise<string> {
+  const hasher = new Bun.CryptoHasher("sha256");
+  const buffer = new Uint8Array(Math.min(HASH_BYTES, size));
+  for (let at = 0; at < size; at += buffer.length) {
+    const piece = buffer.subarray(0, Math.min(buffer.length, size - at));
+    await readFully(fd, piece, at);
+    hasher.update(piece);
+  }
+  return hasher.digest("hex");
+}
+
+function superseded({ path }: Record): RepriseError {
+  return new RepriseError("not_found", `not the version that was asked for: ${quote(path)}`);
+}
+
+function damaged({ path }: Record): RepriseError {
+  return new RepriseError("failed", `what came of ${quote(path)} does not have its sha256; it is fetched again`);
+}
+
+function byPath(a: Want, b: Want): number {
+  return a.record.path < b.record.path ? -1 : 1;
+}
+
+/** `a.conflict-1-2.txt` as `a.conflict-1-2-3.txt`. */
+function numbered(path: string, number: number): string {
+  const dot = path.lastIndexOf(".");
+  return path.lastIndexOf(".conflict-") === dot ? `${path}-${number}` : `${path.slice(0, dot)}-${number}${path.slice(dot)}`;
+}

@@ -1,0 +1,234 @@
+/**
+ * What a tree holds, as events for replica.ts: files that any program has changed are found by their etag, and hashed.
+ *
+ * Three things lead here: a worker names paths that a client has changed, the kernel says that something happened, and at
+ * the start, each hour and when the kernel lost count, everything is looked at. What is found is checked once more when
+ * it is taken in, because the keeper itself changes the tree meanwhile.
+ */
+import { type FSWatcher, watch } from "node:fs";
+import type { Index } from "./index.ts";
+import { FOLDER, GONE, type Version } from "./ledger.ts";
+import { type Entry as Listed, RepriseError } from "./protocol.ts";
+import { isHidden, type Root } from "./storage.ts";
+
+/** Of a file that is read to be hashed. */
+const CHUNK_BYTES = 1024 * 1024;
+/** What happens to a path within this time is looked at once. */
+const GATHER_MS = 20;
+const SCAN_MS = 3600 * 1000;
+/** Findings that are handed on together. */
+const MAX_FOUND = 500;
+
+export interface Finding {
+  path: string;
+  version: Version;
+  etag: string;
+}
+
+/** Compares a tree with the index, one round after the other. */
+export class Observer {
+  readonly #root: Root;
+  readonly #index: Index;
+  /** Takes findings in; those that are no longer true it leaves out. */
+  readonly #take: (found: Finding[]) => void;
+  readonly #onError: (error: unknown) => void;
+  #watcher: FSWatcher | undefined;
+  #gathered = new Set<string>();
+  #timer: Timer | undefined;
+  #scanTimer: Timer | undefined;
+  #found: Finding[] = [];
+  /** Rounds take turns: those that somebody waits for go before the others. */
+  readonly #urgent: (() => Promise<void>)[] = [];
+  readonly #usual: (() => Promise<void>)[] = [];
+  #isWorking = false;
+
+  constructor(
+    root: Root,
+    index: Index,
+    { take, onError }: { take: (found: Finding[]) => void; onError: (error: unknown) => void },
+  ) {
+    this.#root = root;
+    this.#index = index;
+    this.#take = take;
+    this.#onError = onError;
+  }
+
+  /** Looks at everything, now and each hour, and at what changes from now on. Resolves after the first look. */
+  async start(path: string): Promise<void> {
+    try {
+      this.#watcher = watch(path, { recursive: true }, (_, name) => this.#gather(name));
+      this.#watcher.on("error", this.#onError);
+    } catch (error) {
+      // Without it the hourly look has to do.
+      this.#onError(error);
+    }
+    this.#scanTimer = setInterval(() => this.#scan(), SCAN_MS);
+    await this.#scan();
+  }
+
+  /** Looks at these paths, and at all that is below them; resolves when it is taken in. */
+  examine(paths: Iterable<string>, isUrgent = true): Promise<void> {
+    return new Promise((resolve) => {
+      const work = async () => {
+        for (const path of paths) await this.#examineOne(path).catch(this.#onError);
+        this.#handOn();
+        resolve();
+      };
+      (isUrgent ? this.#urgent : this.#usual).push(work);
+      this.#work();
+    });
+  }
+
+  close(): void {
+    this.#watcher?.close();
+    clearTimeout(this.#timer);
+    clearInterval(this.#scanTimer);
+  }
+
+  #scan(): Promise<void> {
+    return this.examine([""], false);
+  }
+
+  /** An event without a name: the kernel lost count. */
+  #gather(name: string | Buffer | null): void {
+    const path = name === null ? "" : String(name);
+    if (path.split("/").some(isHidden)) return;
+    this.#gathered.add(path);
+    this.#timer ??= setTimeout(() => {
+      this.#timer = undefined;
+      const paths = this.#gathered;
+      this.#gathered = new Set();
+      this.examine(paths, false);
+    }, GATHER_MS);
+  }
+
+  async #work(): Promise<void> {
+    if (this.#isWorking) return;
+    this.#isWorking = true;
+    for (let work = this.#next(); work; work = this.#next()) await work();
+    this.#isWorking = false;
+  }
+
+  #next(): (() => Promise<void>) | undefined {
+    return this.#urgent.shift() ?? this.#usual.shift();
+  }
+
+  /** Between two files of a long round, somebody who waits gets a turn. */
+  async #letOthersBy(): Promise<void> {
+    if (this.#found.length >= MAX_FOUND) this.#handOn();
+    for (let work = this.#urgent.shift(); work; work = this.#urgent.shift()) await work();
+  }
+
+  async #examineOne(path: string): Promise<void> {
+    const there = path === "" ? ({ kind: "folder" } as const) : this.#look(path);
+    const known = path === "" ? undefined : this.#index.get(path);
+    if (there?.kind === "file") {
+      if (known?.seen.kind !== "file" || known.etag !== there.etag) await this.#hash(path);
+      if (known?.seen.kind === "folder") this.#reportGoneBelow(path, new Set());
+      return;
+    }
+    if (!there) {
+      if (known && known.seen.kind !== "gone") this.#report(path, GONE, "");
+      // Something was there as a folder, or its entry is that of a folder that went long ago.
+      return this.#reportGoneBelow(path, new Set());
+    }
+    if (path !== "") {
+      this.#examineParents(path);
+      if (known?.seen.kind !== "folder") this.#report(path, FOLDER, "");
+    }
+    await this.#examineBelow(path);
+  }
+
+  /** What is made with the folders above it is one change of all of them. */
+  #examineParents(path: string): void {
+    for (let at = path.lastIndexOf("/"); at > 0; at = path.lastIndexOf("/", at - 1)) {
+      const folder = path.slice(0, at);
+      if (this.#index.get(folder)?.seen.kind === "folder") return;
+      this.#report(folder, FOLDER, "");
+    }
+  }
+
+  async #examineBelow(folder: string): Promise<void> {
+    const seen = new Set<string>();
+    try {
+      for await (const entries of this.#root.list(folder, true, true)) {
+        for (const entry of entries) {
+          const path = folder === "" ? entry.path : `${folder}/${entry.path}`;
+          seen.add(path);
+          await this.#compare(path, entry);
+        }
+      }
+    } catch (error) {
+      // A list that is cut says nothing of what is missing from it.
+      if (error instanceof RepriseError && error.code === "not_found") return this.#examineOne(folder);
+      throw error;
+    }
+    this.#reportGoneBelow(folder, seen);
+  }
+
+  async #compare(path: string, { kind, etag = "" }: Listed): Promise<void> {
+    if (this.#index.isSeen(path, kind, etag)) return;
+    if (kind === "folder") this.#report(path, FOLDER, "");
+    else await this.#hash(path);
+    await this.#letOthersBy();
+  }
+
+  #reportGoneBelow(folder: string, seen: Set<string>): void {
+    for (const { path, seen: version } of this.#index.below(folder)) {
+      if (version.kind !== "gone" && !seen.has(path) && !this.#look(path)) this.#report(path, GONE, "");
+    }
+  }
+
+  /** A file that changes while it is hashed is looked at again: the kernel says when. */
+  async #hash(path: string): Promise<void> {
+    this.#examineParents(path);
+    try {
+      const found = await hashOf(this.#root, path);
+      this.#report(path, found.version, found.etag);
+    } catch (error) {
+      if (!(error instanceof RepriseError)) throw error;
+      if (error.code === "changed" || error.code === "not_found") this.#gather(path);
+      else if (error.code === "failed" || error.code === "refused") this.#onError(error);
+    }
+  }
+
+  /** Links and devices are nobody's business. */
+  #look(path: string) {
+    try {
+      return this.#root.look(path);
+    } catch (error) {
+      if (error instanceof RepriseError && error.code !== "failed") return undefined;
+      throw error;
+    }
+  }
+
+  #report(path: string, version: Version, etag: string): void {
+    this.#found.push({ path, version, etag });
+  }
+
+  #handOn(): void {
+    const found = this.#found;
+    this.#found = [];
+    if (found.length > 0) this.#take(found);
+  }
+}
+
+/** A file's version by its content. Throws `changed`, `not_found`, `failed`. */
+export async function hashOf(root: Root, path: string): Promise<{ version: Version; etag: string }> {
+  const now = root.readNow(path);
+  if (now) return { version: fileVersion(now.meta, Bun.SHA256.hash(now.content, "hex")), etag: now.meta.etag };
+  const file = await root.open(path);
+  try {
+    const { size, etag } = file.meta;
+    const hasher = new Bun.CryptoHasher("sha256");
+    for (let at = 0; at < size; at += CHUNK_BYTES) hasher.update(await file.read(at, Math.min(CHUNK_BYTES, size - at)));
+    file.verify();
+    return { version: fileVersion(file.meta, hasher.digest("hex")), etag };
+  } finally {
+    file.close();
+  }
+}
+
+function fileVersion({ size, mtime }: { size: number; mtime: number }, sha256: string): Version {
+  return { kind: "file", size, mtime, sha256 };
+}
