@@ -17,8 +17,9 @@ import {
   usage,
 } from "./command.ts";
 import { Pace } from "./connection.ts";
+import type { Address } from "./peer.ts";
 import { DEFAULT_PORT, ERRORS, MAX_TOKEN_BYTES, quote, RepriseError } from "./protocol.ts";
-import { type Address, parseServers, Remote, type RemoteOptions } from "./remote.ts";
+import { parseServers, Remote, type RemoteOptions } from "./remote.ts";
 
 /** How long an interrupted client may take to save its log before it is ended all the same. */
 const INTERRUPT_MS = 1_000;

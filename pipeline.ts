@@ -3,8 +3,8 @@
  * not answered when a connection is lost is asked again on the next.
  */
 import { sleep } from "./connection.ts";
+import type { Peer } from "./peer.ts";
 import { ERRORS, RepriseError } from "./protocol.ts";
-import type { Peer } from "./remote.ts";
 
 /** The first wait before trying again; each further one is twice as long, up to the last, with jitter. */
 const FIRST_RETRY_MS = 200;

@@ -10,9 +10,10 @@ import { type Change, type Changes, openChanges, type Upload } from "./changes.t
 import { say } from "./command.ts";
 import { type Context, remoteJoin } from "./context.ts";
 import { isRunning } from "./disk.ts";
+import { checkMeta, type Peer, type Receiver, unexpected } from "./peer.ts";
 import { Dropped, type Exchange } from "./pipeline.ts";
 import { ERRORS, MAX_CONTENT_BYTES, type Meta, quote, RepriseError, splitPath, TO_THE_END } from "./protocol.ts";
-import { checkMeta, type Peer, type Receiver, type Remote, unexpected } from "./remote.ts";
+import type { Remote } from "./remote.ts";
 import { asLocal, isUnfinished, LOG_SUFFIX, PartFile } from "./resume.ts";
 import { isHidden } from "./storage.ts";
 import { lookAt } from "./transfer.ts";

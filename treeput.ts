@@ -8,6 +8,7 @@ import { closeSync, constants, fstatSync, openSync, readSync, statSync } from "n
 import { basename, join } from "node:path";
 import { say } from "./command.ts";
 import { type Context, remoteJoin } from "./context.ts";
+import type { Peer } from "./peer.ts";
 import type { Exchange } from "./pipeline.ts";
 import {
   type Entry,
@@ -19,7 +20,6 @@ import {
   type Request,
   splitPath,
 } from "./protocol.ts";
-import type { Peer } from "./remote.ts";
 import { asLocalSource, FileSource, SourceChanged } from "./source.ts";
 import { UploadLog } from "./transfer.ts";
 import {

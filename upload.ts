@@ -3,9 +3,10 @@
  * on at the first byte that the server does not hold.
  */
 import { ChunkSize } from "./connection.ts";
+import type { Peer } from "./peer.ts";
 import { type Exchange, isOfOne } from "./pipeline.ts";
 import { crc32Combine, HEADER_BYTES, type Meta, type Put, RepriseError } from "./protocol.ts";
-import type { Peer, Remote } from "./remote.ts";
+import type { Remote } from "./remote.ts";
 import { type Source, SourceChanged } from "./source.ts";
 
 /** As END's count: what was sent before is not to be used. */
