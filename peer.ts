@@ -6,8 +6,10 @@ import { type Connection, type ConnectOptions, connect, formatAddress, isLoopbac
 import {
   type Answer,
   type BufferPool,
+  DIRECT,
   decodeAnswer,
   ERRORS,
+  type ErrorCode,
   encodeDataHeader,
   encodeEnd,
   encodeHello,
@@ -27,7 +29,7 @@ export interface Address {
   tls?: boolean;
 }
 
-/** The server's REDIRECT. */
+/** [redirect] The server's REDIRECT in place of WELCOME: all is to be asked there. */
 export class Redirected extends Error {
   readonly address: Address;
   constructor(address: Address) {
@@ -36,7 +38,50 @@ export class Redirected extends Error {
   }
 }
 
+/** [redirect] And in place of an answer: this one thing is to be asked there. The connection goes on. */
+export class SentOn extends Redirected {
+  /** Whose answer it is. */
+  readonly from: Address;
+  constructor(from: Address, address: Address) {
+    super(address);
+    this.from = from;
+  }
+}
+
+const MAX_REDIRECTS = 5;
+
+/** From whom to whom one is sent: so many times at most, and to nobody twice. */
+export class Route {
+  readonly #code: ErrorCode;
+  readonly #tls: boolean;
+  readonly #seen: Set<string>;
+
+  /** `code`: of what is wrong with more. */
+  constructor(from: Address, code: ErrorCode) {
+    this.#code = code;
+    this.#tls = from.tls ?? false;
+    this.#seen = new Set([nameOf(from)]);
+  }
+
+  /** Where to go next, by TLS if that is how it began. Throws `code`. */
+  next({ host, port }: Address): Address {
+    const address = { host, port, tls: this.#tls };
+    const name = nameOf(address);
+    if (this.#seen.has(name)) throw new RepriseError(this.#code, `redirects in a circle, last to ${name}`);
+    if (this.#seen.size > MAX_REDIRECTS)
+      throw new RepriseError(this.#code, `more than ${MAX_REDIRECTS} redirects, last to ${name}`);
+    this.#seen.add(name);
+    return address;
+  }
+}
+
+export function nameOf({ host, port }: Address): string {
+  return formatAddress(host, port);
+}
+
 export interface PeerOptions {
+  /** The server is to answer itself. */
+  direct?: boolean;
   token?: string | undefined;
   signal: AbortSignal;
   pool: BufferPool;
@@ -49,7 +94,7 @@ export type Receiver = Pick<Target, "bytes" | "append">;
 /** One connection to a server: requests go out, answers come in their order. HELLO travels with the first request. */
 export class Peer {
   readonly #connection: Connection;
-  readonly #address: string;
+  readonly address: Address;
   readonly #options: PeerOptions;
   readonly #onAbort = () => this.#connection.fail(this.#options.signal.reason);
   #greeted = false;
@@ -60,7 +105,7 @@ export class Peer {
   progress = false;
 
   static async open(options: PeerOptions & ConnectOptions): Promise<Peer> {
-    const { host, port, tls = false, token = "" } = options;
+    const { host, port, tls = false, token = "", direct = false } = options;
     const connection = await connect(options);
     const address = formatAddress(host, port);
     if (connection.peer === "") throw new RepriseError("lost", `${address}: connection cut`);
@@ -71,13 +116,13 @@ export class Peer {
         `${address}: no token is sent in clear to another machine; a server with --tls-cert is tls://${address}`,
       );
     }
-    await connection.send(encodeHello({ flags: TAKES_FILE, token }));
-    return new Peer(connection, options, address);
+    await connection.send(encodeHello({ flags: direct ? TAKES_FILE | DIRECT : TAKES_FILE, token }));
+    return new Peer(connection, options, { host, port, tls });
   }
 
-  private constructor(connection: Connection, options: PeerOptions, address: string) {
+  private constructor(connection: Connection, options: PeerOptions, address: Address) {
     this.#connection = connection;
-    this.#address = address;
+    this.address = address;
     this.#options = options;
     options.signal.addEventListener("abort", this.#onAbort, { once: true });
   }
@@ -92,6 +137,11 @@ export class Peer {
   /** The same; undefined where there is nothing to wait for. */
   askNow(request: Request): Promise<void> | undefined {
     return this.#connection.collect(encodeRequest(request)) ? this.#connection.flush() : undefined;
+  }
+
+  /** The server has said WELCOME: it has seen what was asked, or will. */
+  get isGreeted(): boolean {
+    return this.#greeted;
   }
 
   /** The next answer, if it is here already; it is left to `expect`, unless `drop` is called. Throws as `expect`. */
@@ -157,6 +207,13 @@ export class Peer {
     this.#peeked = undefined;
     if (!(types as string[]).includes(answer.type))
       throw unexpected(`${answer.type} in place of ${types.join(" or ")}`);
+    return answer as Extract<Answer, { type: T }>;
+  }
+
+  /** The same of a GET or a STAT, the only ones that may be sent on: then this throws `SentOn`. */
+  async expectHeld<T extends Answer["type"]>(...types: T[]): Promise<Extract<Answer, { type: T }>> {
+    const answer = await this.expect<T | "redirect">(...types, "redirect");
+    if (answer.type === "redirect") throw new SentOn(this.address, answer as Address);
     return answer as Extract<Answer, { type: T }>;
   }
 
@@ -254,16 +311,17 @@ export class Peer {
     if (this.#greeted && (code === "bad_frame" || code === "speaks_tls"))
       throw new RepriseError("checksum", undefined, error);
     if (code !== "speaks_tls") throw error;
-    throw new RepriseError("insecure", `${this.#address}: TLS is spoken there; use tls://${this.#address}`, error);
+    const address = nameOf(this.address);
+    throw new RepriseError("insecure", `${address}: TLS is spoken there; use tls://${address}`, error);
   }
 
   #accept(answer: Answer): Answer {
     const isLast = answer.type === "error" && ERRORS[answer.error.code].closes;
     if (!isLast) this.answered = true;
     if (answer.type === "error") throw answer.error;
-    if (answer.type !== "redirect") return answer;
-    // [handshake] Whoever has said WELCOME has no say in where the rest of a file comes from.
-    if (this.#greeted) throw unexpected("a redirect behind its welcome");
+    // [redirect] Behind WELCOME it is an answer like others, which only some requests can have.
+    if (answer.type !== "redirect" || this.#greeted) return answer;
+    if (this.#options.direct) throw unexpected("a redirect where it was to answer itself");
     throw new Redirected(answer);
   }
 }

@@ -3,7 +3,7 @@
  * not answered when a connection is lost is asked again on the next.
  */
 import { sleep } from "./connection.ts";
-import type { Peer } from "./peer.ts";
+import { type Peer, SentOn } from "./peer.ts";
 import { ERRORS, RepriseError } from "./protocol.ts";
 
 /** The first wait before trying again; each further one is twice as long, up to the last, with jitter. */
@@ -11,6 +11,10 @@ const FIRST_RETRY_MS = 200;
 const LAST_RETRY_MS = 10_000;
 /** Requests that are under way on one connection at a time: at 100 ms of round trip, for 40,000 small files a second. */
 const MAX_UNDER_WAY = 4096;
+/** Of a server that was not named, but sent to: what follows upon its failures at once, one after the other. */
+const MAX_HURRIED = 4;
+/** It may be done again once content has come, but not many times in this while. */
+const HURRY_RENEWED_MS = 1_000;
 
 /** A request and its answer, as one of many that are under way together: see `Remote.run`. */
 export interface Exchange {
@@ -38,6 +42,13 @@ export class Dropped extends Error {
   }
 }
 
+export interface PipelineHooks {
+  /** Takes over an exchange that the server sends on; how that ends is to be told to `settle`. */
+  sendOn?: (exchange: Exchange, sentOn: SentOn) => void;
+  /** Called when all that came was used up. */
+  beforeWait?: (() => Promise<void>) | undefined;
+}
+
 /** Exchanges over whatever connections it takes: one loop asks, another takes the answers. */
 export class Pipeline {
   readonly #supply: Supply;
@@ -51,16 +62,43 @@ export class Pipeline {
   #changed: PromiseWithResolvers<void> | undefined;
   #allAsked = false;
   #isCut = false;
+  readonly #sendOn: PipelineHooks["sendOn"];
+  readonly beforeWait: PipelineHooks["beforeWait"];
+  /** How many were sent on and are not settled. */
+  #away = 0;
+  #peer: Peer | undefined;
+  /** Why all of it ends. */
+  #problem: unknown;
 
-  constructor(supply: Supply, retries: number, signal?: AbortSignal) {
+  constructor(supply: Supply, retries: number, signal?: AbortSignal, hooks: PipelineHooks = {}) {
     this.#supply = supply;
     this.#retries = retries;
     this.#signal = signal;
+    this.#sendOn = hooks.sendOn;
+    this.beforeWait = hooks.beforeWait;
+  }
+
+  /** What was sent on is done with, or to be asked here once more. */
+  settle(again?: Exchange): void {
+    this.#away--;
+    if (again) this.#again.push(again);
+    this.#tell();
+  }
+
+  /** Makes `run` throw `problem`. */
+  stop(problem: unknown): void {
+    this.#problem ??= problem;
+    this.#isCut = true;
+    this.#peer?.close();
+    this.#tell();
   }
 
   async run(peer: Peer): Promise<void> {
     this.#again = [...this.#underWay.splice(0), ...this.#again];
     this.#allAsked = this.#isCut = false;
+    this.#peer = peer;
+    if (this.#problem) throw this.#problem;
+    if (this.beforeWait) peer.beforeWait = () => this.#beforeWait();
     const loops = [this.#askAll(peer), this.#takeAll(peer)];
     try {
       await Promise.all(loops);
@@ -70,7 +108,19 @@ export class Pipeline {
       peer.close();
       this.#tell();
       await Promise.allSettled(loops);
-      throw error;
+      throw this.#problem ?? error;
+    } finally {
+      peer.beforeWait = undefined;
+    }
+  }
+
+  /** What fails beside the answers is no answer's failure: taken for one, all further answers went to the wrong names. */
+  async #beforeWait(): Promise<void> {
+    try {
+      await this.beforeWait!();
+    } catch (error) {
+      this.#problem ??= error;
+      throw new RepriseError("lost", undefined, error);
     }
   }
 
@@ -82,8 +132,8 @@ export class Pipeline {
       if (exchange) {
         const asking = this.#askOne(peer, exchange);
         if (asking) await asking;
-      } else if (this.#underWay.length > 0)
-        await this.#until(() => this.#underWay.length === 0 || this.#again.length > 0);
+      } else if (this.#underWay.length + this.#away > 0)
+        await this.#until(() => this.#underWay.length + this.#away === 0 || this.#again.length > 0);
       else break;
     }
     this.#allAsked = true;
@@ -144,8 +194,11 @@ export class Pipeline {
           this.#underWay.shift();
           exchange.failed(error.problem);
         }
-        if (!isOfOne(error)) throw error;
-        await this.#refuse(exchange, error);
+        if (error instanceof SentOn && this.#sendOn) {
+          this.#away++;
+          this.#sendOn(exchange, error);
+        } else if (isOfOne(error)) await this.#refuse(exchange, error);
+        else throw error;
       }
       this.#underWay.shift();
       this.#tell();
@@ -178,6 +231,25 @@ export class Pipeline {
 /** Whether an error is about one request, and the connection can go on. */
 export function isOfOne(error: unknown): error is RepriseError {
   return error instanceof RepriseError && !ERRORS[error.code].closes;
+}
+
+/**
+ * Whether to ask a server again at once, after one that it has sent to has failed: it may name another by now, but may
+ * also take its time to see that this one is gone.
+ */
+export class Haste {
+  #left = MAX_HURRIED;
+  #at = 0;
+
+  /** `progress`: content has come since the last time. */
+  take(progress: boolean): boolean {
+    const now = performance.now();
+    if (progress && now - this.#at > HURRY_RENEWED_MS) this.#left = MAX_HURRIED;
+    this.#at = now;
+    if (this.#left === 0) return false;
+    this.#left--;
+    return true;
+  }
 }
 
 /** The wait before so many-th attempt after the first: twice as long each time, up to a limit, with jitter. */

@@ -5,9 +5,20 @@
  * A download goes to a `Target`, which remembers how much it holds of which version; after any failure the transfer goes
  * on at the first byte that the target does not hold.
  */
-import { type ConnectOptions, formatAddress, Pace, sleep } from "./connection.ts";
-import { type Address, checkMeta, Peer, type PeerOptions, Redirected, unexpected } from "./peer.ts";
-import { Dropped, type Exchange, Pipeline, retryMs, type Supply } from "./pipeline.ts";
+import { type ConnectOptions, Pace, sleep } from "./connection.ts";
+import type { Holders } from "./holders.ts";
+import {
+  type Address,
+  checkMeta,
+  nameOf,
+  Peer,
+  type PeerOptions,
+  Redirected,
+  Route,
+  SentOn,
+  unexpected,
+} from "./peer.ts";
+import { Dropped, type Exchange, Haste, Pipeline, retryMs, type Supply } from "./pipeline.ts";
 import {
   BufferPool,
   DEFAULT_PORT,
@@ -26,7 +37,6 @@ import type { Target } from "./resume.ts";
 import type { Source } from "./source.ts";
 import type { PutOptions, UploadHooks } from "./upload.ts";
 
-const MAX_REDIRECTS = 5;
 /** In the middle of a large frame the process waits this long for the rest of it before others get their turn. */
 const DIRECT_WAIT_MS = 1;
 /** At a limited rate, so many chunks a second. */
@@ -37,6 +47,8 @@ const STRETCH_MS = 5_000;
 export interface RemoteOptions {
   /** Tried in turn. */
   servers: Address[];
+  /** They are to answer themselves, rather than send on to others. */
+  direct?: boolean;
   /** Every wait for the server ends after this long without a byte. */
   timeoutMs?: number;
   /** Attempts after the first, counted anew once bytes have arrived. */
@@ -73,9 +85,11 @@ export class Remote {
   /** Calls take turns: a connection answers in order, and each call takes its own answers. */
   #turnEnds: Promise<void> = Promise.resolve();
   #turn = 0;
+  /** The connection is to a server that another one has sent to. */
+  #isSentOn = false;
 
   constructor(options: RemoteOptions) {
-    this.#options = { timeoutMs: 30_000, retries: 10, note: () => {}, ...options };
+    this.#options = { timeoutMs: 30_000, retries: 10, direct: false, note: () => {}, ...options };
     const own = this.#givenUp.signal;
     this.#signal = options.signal ? AbortSignal.any([options.signal, own]) : own;
     this.#pace = options.pace ?? (options.limitRate ? new Pace(options.limitRate) : undefined);
@@ -90,7 +104,7 @@ export class Remote {
   stat(path: string): Promise<Meta> {
     return this.#call(async (peer) => {
       await peer.ask({ action: "stat", path });
-      const { kind, size, mtime, etag } = await peer.expect("meta");
+      const { kind, size, mtime, etag } = await peer.expectHeld("meta");
       return { kind, size, mtime, etag };
     });
   }
@@ -144,7 +158,9 @@ export class Remote {
     return this.#change({ action: "move", path, to, overwrite }, async (error, peer) => {
       if (error.code !== "not_found") return false;
       await peer.ask({ action: "stat", path: to });
-      return (await peer.expect("meta")).type === "meta";
+      // Wherever it is, it is there.
+      await peer.expect("meta", "redirect");
+      return true;
     });
   }
 
@@ -223,7 +239,7 @@ export class Remote {
       const end = giveUp ? undefined : target.end;
       const length = Math.min(this.#stretch(), end === undefined ? TO_THE_END : end - offset);
       await peer.ask({ action: "get", path, offset, length, etag });
-      const answer = await peer.expect("meta", "file");
+      const answer = await peer.expectHeld("meta", "file");
       const { kind, size, mtime, etag: found } = answer;
       const meta = { kind, size, mtime, etag: found };
       const given = answer.type === "meta" ? answer.offset : 0;
@@ -251,29 +267,50 @@ export class Remote {
   /**
    * Runs many exchanges over one connection, each asked while the answers of those before it are still under way, so that
    * their number costs no round trips. What was not answered when a connection is lost is asked again on the next.
-   * `beforeWait` is called when all that came was used up.
+   * `beforeWait` is called when all that came was used up. What the server sends on goes on there by itself.
    */
-  run(exchanges: Supply | Exchange[], beforeWait?: () => Promise<void>): Promise<void> {
+  async run(exchanges: Supply | Exchange[], beforeWait?: () => Promise<void>): Promise<void> {
     const supply = Array.isArray(exchanges) ? () => exchanges.shift() : exchanges;
-    const pipeline = new Pipeline(supply, this.#options.retries, this.#signal);
-    return this.#call(async (peer) => {
-      // What fails beside the answers is no answer's failure: taken for one, all further answers went to the wrong names.
-      let problem: unknown;
-      peer.beforeWait =
-        beforeWait &&
-        (() =>
-          beforeWait().catch((error) => {
-            problem ??= error;
-            throw new RepriseError("lost", undefined, error);
-          }));
+    let holders: Promise<Holders> | undefined;
+    const sendOn = (exchange: Exchange, sentOn: SentOn) => {
+      holders ??= this.#startHolders(pipeline);
+      holders.then((them) => them.add(exchange, sentOn)).catch((error) => pipeline.stop(error));
+    };
+    const pipeline = new Pipeline(supply, this.#options.retries, this.#signal, { sendOn, beforeWait });
+    try {
+      await this.#call((peer) => pipeline.run(peer));
+    } finally {
+      await (await holders)?.close();
+    }
+  }
+
+  /** Not loaded where nothing is sent on. */
+  async #startHolders(pipeline: Pipeline): Promise<Holders> {
+    const { Holders } = await import("./holders.ts");
+    const open = (address: Address) => Peer.open({ ...address, direct: true, ...this.#connecting });
+    return new Holders(pipeline, open, this.#options, this.#signal);
+  }
+
+  /**
+   * Runs `work` where a server has sent it on to, over a connection of its own; that to the server stays. `progressed` is
+   * called where content has come before a failure.
+   */
+  async elsewhere<T>(sentOn: SentOn, work: (peer: Peer) => Promise<T>, progressed = () => {}): Promise<T> {
+    let route = new Route(sentOn.from, "failed");
+    for (let next: Redirected = sentOn; ; ) {
+      const holder = await Peer.open({ ...route.next(next.address), direct: true, ...this.#connecting });
       try {
-        await pipeline.run(peer);
+        return await work(holder);
       } catch (error) {
-        throw problem ?? error;
+        if (holder.progress) progressed();
+        if (!(error instanceof SentOn)) throw error;
+        // What has come since then is behind it: where the rest is to be had is another question.
+        if (holder.progress) route = new Route(holder.address, "failed");
+        next = error;
       } finally {
-        peer.beforeWait = undefined;
+        holder.close();
       }
-    });
+    }
   }
 
   note(text: string): void {
@@ -327,13 +364,14 @@ export class Remote {
 
   /** The retry loop around everything: connects where needed, follows redirects, waits longer after each failure. */
   async #attempt<T>(work: (peer: Peer) => Promise<T>): Promise<T> {
-    let failures = 0;
-    let unreached = 0;
+    const haste = new Haste();
+    let [failures, waits, unreached] = [0, 0, 0];
     for (;;) {
       const old = this.#peer;
+      const course = { isSentOn: false, progress: false };
       try {
         this.#signal?.throwIfAborted();
-        return await this.#follow(work);
+        return await this.#follow(work, course);
       } catch (error) {
         const peer = this.#peer;
         if (error instanceof Dropped) {
@@ -342,7 +380,7 @@ export class Remote {
         }
         if (!(error instanceof RepriseError)) throw this.#drop(error);
         // Nothing was reached: the next of the list, at once.
-        if (!peer && error.code === "lost" && ++unreached < this.#options.servers.length) {
+        if (!peer && !course.isSentOn && error.code === "lost" && ++unreached < this.#options.servers.length) {
           this.#turn++;
           continue;
         }
@@ -353,41 +391,59 @@ export class Remote {
         const stale = peer !== undefined && peer === old && !peer.answered;
         this.#drop();
         if (stale) continue;
-        if (peer?.progress) failures = 0;
-        await this.#waitAfter(error, ++failures);
+        const progress = course.progress || peer?.progress === true;
+        if (progress) failures = waits = 0;
+        failures++;
+        const isHurried = course.isSentOn && haste.take(progress);
+        checkTries(error, failures, this.#options.retries);
+        if (isHurried) this.#noteHurried(error, failures);
+        else await this.#waitAfter(error, failures, ++waits);
       }
     }
   }
 
-  async #waitAfter(error: RepriseError, failures: number): Promise<void> {
+  #noteHurried(error: RepriseError, failures: number): void {
     const { retries, note } = this.#options;
-    if (failures > retries) {
-      if (retries === 0) throw error;
-      throw new RepriseError(error.code, `${error.message} (given up after ${retries} retries)`, error);
-    }
+    note(`${error.message}; asking ${nameOf(this.#named)} again (${failures} of ${retries})`);
+  }
+
+  async #waitAfter(error: RepriseError, failures: number, waits: number): Promise<void> {
+    const { retries, note } = this.#options;
     this.#turn++;
-    const wait = retryMs(failures);
+    const wait = retryMs(waits);
     note(`${error.message}; trying again in ${(wait / 1000).toFixed(1)} s (${failures} of ${retries})`);
     await sleep(wait, this.#signal);
   }
 
-  /** Runs `work` at the server, or where the server sends it. */
-  async #follow<T>(work: (peer: Peer) => Promise<T>): Promise<T> {
+  /** The one of the list whose turn it is. */
+  get #named(): Address {
     const { servers } = this.#options;
-    const seen = new Set<string>();
-    let address = servers[this.#turn % servers.length]!;
+    return servers[this.#turn % servers.length]!;
+  }
+
+  /** Runs `work` at the server, or where the server sends it; `course` then tells how far it has come. */
+  async #follow<T>(work: (peer: Peer) => Promise<T>, course: Course): Promise<T> {
+    const { direct } = this.#options;
+    let address = this.#named;
+    const route = new Route(address, "bad_frame");
+    if (!this.#peer) this.#isSentOn = false;
     for (;;) {
+      course.isSentOn = this.#isSentOn;
       try {
-        this.#peer ??= await Peer.open({ ...address, ...this.#connecting });
+        this.#peer ??= await Peer.open({ ...address, direct, ...this.#connecting });
         this.#peer.answered = false;
         return await work(this.#peer);
       } catch (error) {
+        if (error instanceof SentOn) {
+          course.isSentOn = true;
+          return await this.elsewhere(error, work, () => {
+            course.progress = true;
+          });
+        }
         if (!(error instanceof Redirected)) throw error;
         this.#drop();
-        address = { ...error.address, tls: address.tls ?? false };
-        const name = formatAddress(address.host, address.port);
-        if (seen.size >= MAX_REDIRECTS || seen.has(name)) throw unexpected(`redirects in a circle, last to ${name}`);
-        seen.add(name);
+        this.#isSentOn = true;
+        address = route.next(error.address);
       }
     }
   }
@@ -397,6 +453,21 @@ export class Remote {
     this.#peer = undefined;
     return error;
   }
+}
+
+/** Of an attempt that has failed. */
+interface Course {
+  /** It failed at a server that another one had sent to. */
+  isSentOn: boolean;
+  /** Content had come. */
+  progress: boolean;
+}
+
+/** Throws `error`, if that was the last attempt. */
+export function checkTries(error: RepriseError, failures: number, retries: number): void {
+  if (failures <= retries) return;
+  if (retries === 0) throw error;
+  throw new RepriseError(error.code, `${error.message} (given up after ${retries} retries)`, error);
 }
 
 /** Of a target whose version is no longer to be had: it holds over attempts until another version comes. */

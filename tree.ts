@@ -248,7 +248,7 @@ class Look implements Exchange {
   }
 
   async take(peer: Peer): Promise<boolean> {
-    const { kind, size, mtime } = await peer.expect("meta");
+    const { kind, size, mtime } = await peer.expectHeld("meta");
     this.item = { path: this.#root.name, remote: this.#root.path, kind, size, mtime };
     return false;
   }

@@ -323,7 +323,7 @@ class Fetch implements Exchange {
     try {
       await peer.peek();
       if (peer.peekNow()?.type === "file") return await this.#takeWhole(peer, await peer.expect("file"));
-      const { kind, size, mtime, etag, offset } = await peer.expect("meta");
+      const { kind, size, mtime, etag, offset } = await peer.expectHeld("meta");
       this.#meta = { kind, size, mtime, etag };
       checkMeta(this.#meta, offset, this.#asked);
       this.#offset ??= this.#part?.bytes ?? 0;

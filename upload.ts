@@ -3,9 +3,9 @@
  * on at the first byte that the server does not hold.
  */
 import { ChunkSize } from "./connection.ts";
-import type { Peer } from "./peer.ts";
+import { nameOf, type Peer, SentOn } from "./peer.ts";
 import { type Exchange, isOfOne } from "./pipeline.ts";
-import { crc32Combine, HEADER_BYTES, type Meta, type Put, RepriseError } from "./protocol.ts";
+import { crc32Combine, ERRORS, HEADER_BYTES, type Meta, type Put, RepriseError } from "./protocol.ts";
 import type { Remote } from "./remote.ts";
 import { type Source, SourceChanged } from "./source.ts";
 
@@ -39,6 +39,8 @@ export class UploadExchange implements Exchange {
   #agreedBytes = 0;
   #at = 0;
   #answered = false;
+  /** Who got all of that. */
+  #server: string | undefined;
   /** Why it was given up in the middle. */
   #problem: RepriseError | undefined;
   #meta: Meta | undefined;
@@ -64,10 +66,23 @@ export class UploadExchange implements Exchange {
     return async (peer: Peer) => {
       const { id } = this.#options;
       this.#offset = id === "" ? 0 : await this.#agreed(await peer.sums(id, ""));
+      this.#noteLoss(peer);
       if (this.#offset > this.#agreedBytes) peer.progress = true;
       this.#agreedBytes = Math.max(this.#agreedBytes, this.#offset);
-      if (this.#offset === 0 && this.#sentBytes !== undefined) this.#meta = await this.#findDone(peer, this.#sentBytes);
+      if (this.#offset > 0 || this.#sentBytes === undefined) return;
+      this.#meta = await this.#findDone(peer, this.#sentBytes);
+      // Of what was compared in vain.
+      if (!this.#meta) this.#crc32 = 0;
     };
+  }
+
+  /** What one replica holds of an upload, others do not. */
+  #noteLoss(peer: Peer): void {
+    const server = nameOf(peer.address);
+    if (this.#server === undefined || this.#server === server || this.#offset >= this.#at) return;
+    this.#remote.note(
+      `${server} holds ${this.#offset} of the ${this.#at} bytes that ${this.#server} got; sending the rest`,
+    );
   }
 
   async ask(peer: Peer): Promise<void> {
@@ -99,6 +114,7 @@ export class UploadExchange implements Exchange {
       return false;
     } catch (error) {
       this.#answered = true;
+      if (peer.isGreeted) this.#server = nameOf(peer.address);
       // What was held went away, or got its name, between the question and the upload.
       if (isOfOne(error) && error.code === "bad_range" && ++this.#restarts <= this.#remote.retries) return true;
       const problem = isOfOne(error) ? this.#problem : undefined;
@@ -160,17 +176,31 @@ export class UploadExchange implements Exchange {
   /** The version of the source, if that is under its name: then only the answer was lost. */
   async #findDone(peer: Peer, bytes: number): Promise<Meta | undefined> {
     try {
-      await peer.ask({ action: "stat", path: this.#options.path });
-      const { kind, size, mtime, etag } = await peer.expect("meta");
-      const looksSame = kind === "file" && mtime === this.#source.mtime && size === bytes;
-      if (!looksSame || etag === this.#options.etag) return undefined;
-      // An old version may look the same: only its content tells.
-      const isSame = (await this.#agreed(await peer.sums("", this.#options.path))) === bytes;
-      if (!isSame) this.#crc32 = 0;
-      return isSame ? { kind, size, mtime, etag } : undefined;
+      return await this.#findSame(peer, bytes);
     } catch (error) {
+      if (error instanceof SentOn) return this.#findDoneElsewhere(error, bytes);
       if (isOfOne(error)) return undefined;
       throw error;
     }
+  }
+
+  /** Who has the newest version may be who died before it could answer: then it is sent again. */
+  async #findDoneElsewhere(sentOn: SentOn, bytes: number): Promise<Meta | undefined> {
+    try {
+      return await this.#remote.elsewhere(sentOn, (holder) => this.#findSame(holder, bytes));
+    } catch (error) {
+      if (error instanceof RepriseError && (ERRORS[error.code].retry || isOfOne(error))) return undefined;
+      throw error;
+    }
+  }
+
+  async #findSame(peer: Peer, bytes: number): Promise<Meta | undefined> {
+    await peer.ask({ action: "stat", path: this.#options.path });
+    const { kind, size, mtime, etag } = await peer.expectHeld("meta");
+    const looksSame = kind === "file" && mtime === this.#source.mtime && size === bytes;
+    if (!looksSame || etag === this.#options.etag) return undefined;
+    // An old version may look the same: only its content tells.
+    const isSame = (await this.#agreed(await peer.sums("", this.#options.path))) === bytes;
+    return isSame ? { kind, size, mtime, etag } : undefined;
   }
 }

@@ -18,11 +18,13 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import type { Socket, Subprocess } from "bun";
 import {
+  decodeHello,
   decodeRequest,
   encodeDataHeader,
   encodeEnd,
   encodeWelcome,
   FrameDecoder,
+  type Hello,
   MAX_CONTENT_BYTES,
   type Request,
 } from "../protocol.ts";
@@ -318,20 +320,39 @@ export async function runClient(server: string, args: string[], options: ClientO
 export type Answering = (request: Request, connection: number) => Frames | Promise<Frames>;
 type Frames = (Uint8Array | undefined)[];
 
+export interface FakeServer extends Disposable {
+  port: number;
+  address: string;
+  /** What came, in order, over all connections. */
+  requests: Request[];
+  hellos: Hello[];
+  /** Connections that are open. */
+  open(): number;
+}
+
+export interface FakeOptions {
+  /** What is said to HELLO, in place of WELCOME. */
+  greet?: (hello: Hello, connection: number) => Frames;
+  tls?: { cert: string; key: string };
+}
+
 /** A server that speaks the protocol and answers whatever the test wants. It takes no content. */
-export function startFakeServer(answer: Answering): { address: string; requests: Request[] } & Disposable {
+export function startFakeServer(answer: Answering, { greet, tls }: FakeOptions = {}): FakeServer {
   interface State {
     decoder: FrameDecoder;
     greeted: boolean;
     number: number;
-    waiting: Uint8Array[];
+    waiting: Frames;
     turn: Promise<void>;
   }
   const requests: Request[] = [];
+  const hellos: Hello[] = [];
   let connections = 0;
+  let open = 0;
   const flush = (socket: Socket<State>) => {
     const { waiting } = socket.data;
-    while (waiting[0]) {
+    while (waiting.length > 0) {
+      if (!waiting[0]) return void socket.end();
       const taken = socket.write(waiting[0]);
       if (taken < waiting[0].length) {
         waiting[0] = waiting[0].subarray(Math.max(0, taken));
@@ -341,17 +362,16 @@ export function startFakeServer(answer: Answering): { address: string; requests:
     }
   };
   const send = (socket: Socket<State>, frames: Frames) => {
-    for (const frame of frames) {
-      if (!frame) return void socket.end();
-      socket.data.waiting.push(frame);
-    }
+    socket.data.waiting.push(...frames);
     flush(socket);
   };
   const listener = Bun.listen<State>({
     hostname: "127.0.0.1",
     port: 0,
+    ...(tls && { tls }),
     socket: {
       open(socket) {
+        open++;
         const decoder = new FrameDecoder({ maxLength: MAX_CONTENT_BYTES });
         socket.data = { decoder, greeted: false, number: ++connections, waiting: [], turn: Promise.resolve() };
       },
@@ -361,7 +381,9 @@ export function startFakeServer(answer: Answering): { address: string; requests:
         for (let frame = data.decoder.next(); frame; frame = data.decoder.next()) {
           if (!data.greeted) {
             data.greeted = true;
-            send(socket, [encodeWelcome("fake")]);
+            const hello = decodeHello(frame);
+            hellos.push(hello);
+            send(socket, greet?.(hello, data.number) ?? [encodeWelcome("fake")]);
             continue;
           }
           const request = decodeRequest(frame);
@@ -370,12 +392,16 @@ export function startFakeServer(answer: Answering): { address: string; requests:
         }
       },
       drain: flush,
+      close: () => void open--,
       error() {},
     },
   });
   return {
+    port: listener.port,
     address: `127.0.0.1:${listener.port}`,
     requests,
+    hellos,
+    open: () => open,
     [Symbol.dispose]: () => listener.stop(true),
   };
 }

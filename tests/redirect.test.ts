@@ -1,0 +1,627 @@
+/**
+ * A client among several servers: sent on in place of WELCOME or of an answer, it gets the right bytes of one version,
+ * and a server that dies under it costs nothing that had come.
+ */
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { networkInterfaces } from "node:os";
+import { join } from "node:path";
+import { parseServers, Remote } from "../client.ts";
+import {
+  DIRECT,
+  EntriesEncoder,
+  encodeEnd,
+  encodeError,
+  encodeFile,
+  encodeMeta,
+  encodeRedirect,
+  encodeWelcome,
+  type Meta,
+  RepriseError,
+  type Request,
+} from "../protocol.ts";
+import type { ResumeLog } from "../resume.ts";
+import { authority, hasOpenssl, pair } from "./certificates.ts";
+import {
+  type Answering,
+  contentFrames,
+  type FakeServer,
+  makeRoot,
+  randomBytes,
+  runClient,
+  spawnClient,
+  startFakeServer,
+  startServer,
+  TEST_MS,
+  temporaryFolder,
+  waitFor,
+} from "./fixtures.ts";
+
+setDefaultTimeout(TEST_MS);
+
+const MIB = 1024 * 1024;
+const HOST = "127.0.0.1";
+const ONCE = ["--retries", "0"];
+const isDirect = ({ flags }: { flags: number }) => (flags & DIRECT) !== 0;
+const to = (port: number) => [encodeRedirect(HOST, port)];
+
+/** Sends everybody on to the ports in turn, unless it is to answer itself. */
+function startMaster(ports: () => number[], answer: Answering = () => [undefined]): FakeServer {
+  let turn = 0;
+  const greet = (hello: { flags: number }) => {
+    const known = ports();
+    return isDirect(hello) ? [encodeWelcome("master")] : to(known[turn++ % known.length]!);
+  };
+  return startFakeServer(answer, { greet });
+}
+
+/** Has nothing itself, and sends on to a port whoever asks for a file. */
+function startSender(port: number | (() => number)): FakeServer {
+  return startFakeServer((request) => {
+    if (request.action === "quit") return [encodeEnd(0), undefined];
+    if (request.action !== "get" && request.action !== "stat") return [encodeError(new RepriseError("refused"))];
+    return to(typeof port === "number" ? port : port());
+  });
+}
+
+const metaOf = (content: string, etag: string): Meta => ({ kind: "file", size: content.length, mtime: 1e15, etag });
+
+/** Answers for files whose content the test makes up. */
+function answerWith(contentOf: (path: string) => string, etag: string | ((path: string) => string) = "v1"): Answering {
+  return (request) => {
+    if (request.action !== "get" && request.action !== "stat") return [encodeError(new RepriseError("refused"))];
+    const content = contentOf(request.path);
+    const meta = metaOf(content, typeof etag === "string" ? etag : etag(request.path));
+    if (request.action === "stat") return [encodeMeta(meta)];
+    const { offset, length } = request;
+    return [encodeMeta(meta, offset), ...contentFrames(content.slice(offset, offset + length))];
+  };
+}
+
+const count = (server: FakeServer, action: Request["action"]) =>
+  server.requests.filter((request) => request.action === action).length;
+const closed = (server: FakeServer) => waitFor("its connections are closed", () => server.open() === 0);
+
+// ---------------------------------------------------------------------------------------------------- direct
+
+describe("direct", () => {
+  const ask = async (server: FakeServer, direct?: boolean) => {
+    const remote = new Remote({ servers: parseServers(server.address), retries: 0, ...(direct && { direct }) });
+    try {
+      return await remote.stat("f");
+    } finally {
+      remote.close();
+    }
+  };
+
+  test("is said in HELLO, and only where it is wanted", async () => {
+    using server = startFakeServer(answerWith(() => "x"));
+    await ask(server);
+    await ask(server, true);
+    expect(server.hellos.map(isDirect)).toEqual([false, true]);
+    await closed(server);
+  });
+
+  test("a server that sends on all the same does not keep to the protocol", async () => {
+    using other = startFakeServer(answerWith(() => "x"));
+    using server = startFakeServer(() => [], { greet: () => to(other.port) });
+    expect(await ask(server).catch(({ code }) => code)).toMatchObject({ size: 1 });
+    expect(await ask(server, true).catch(({ code }) => code)).toBe("bad_frame");
+    expect(other.hellos.length).toBe(1);
+  });
+
+  test("whoever follows a redirect of HELLO does not say it, whoever follows one of an answer does", async () => {
+    using holder = startFakeServer(answerWith(() => "x"));
+    using replica = startSender(holder.port);
+    using master = startMaster(() => [replica.port]);
+    expect(await ask(master)).toMatchObject({ size: 1 });
+    expect([master, replica, holder].map(({ hellos }) => hellos.map(isDirect))).toEqual([[false], [false], [true]]);
+    for (const server of [master, replica, holder]) await closed(server);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- in place of an answer
+
+describe("REDIRECT in place of an answer", () => {
+  const big = randomBytes(5 * MIB + 3, 9);
+
+  async function setUp() {
+    const root = makeRoot({ big, small: "small\n", empty: "", "sub/one": "1", "sub/two": "2" });
+    const folder = temporaryFolder();
+    const holder = await startServer(root.path);
+    const server = startSender(holder.port);
+    return {
+      root: root.path,
+      folder: folder.path,
+      holder,
+      server,
+      run: (...args: string[]) => runClient(server.address, args, { cwd: folder.path }),
+      async [Symbol.asyncDispose]() {
+        server[Symbol.dispose]();
+        await holder[Symbol.asyncDispose]();
+        root[Symbol.dispose]();
+        folder[Symbol.dispose]();
+      },
+    };
+  }
+
+  test.each([
+    ["big", []],
+    ["small", []],
+    ["empty", []],
+    ["big", ["--segments", "4"]],
+    ["big", ["--limit-rate", "40M"]],
+  ])("get %s %j", async (name, args) => {
+    await using it = await setUp();
+    expect(await it.run("get", name, "-d", ".", ...args)).toMatchObject({ status: 0, errors: "" });
+    expect(readFileSync(join(it.folder, name)).equals(readFileSync(join(it.root, name)))).toBe(true);
+    expect(readdirSync(it.folder)).toEqual([name]);
+    await closed(it.server);
+  });
+
+  test("stat, cat of several, and a file that is complete already: over one connection", async () => {
+    await using it = await setUp();
+    expect(JSON.parse((await it.run("stat", "big", "--json")).output)).toMatchObject({ size: big.length });
+    const run = await it.run("cat", "big", "small", "empty", "small");
+    expect([run.status, run.errors]).toEqual([0, ""]);
+    expect(Buffer.from(run.stdout).equals(Buffer.concat([big, Buffer.from("small\nsmall\n")]))).toBe(true);
+    expect(it.server.hellos.length).toBe(2);
+    await it.run("get", "small", "-d", ".");
+    expect((await it.run("get", "small", "-d", ".")).errors).toBe("small is complete already\n");
+  });
+
+  test("the prompt goes on with the connection that it has", async () => {
+    await using it = await setUp();
+    const stdin = "cat small\nstat small\nget small\ncat empty\nquit\n";
+    const run = await runClient(it.server.address, ["-d", it.folder], { stdin });
+    expect([run.status, run.errors]).toEqual([0, ""]);
+    expect(run.output).toStartWith("small\n");
+    expect(readFileSync(join(it.folder, "small"), "utf8")).toBe("small\n");
+    expect(it.server.hellos.length).toBe(1);
+    expect(count(it.server, "quit")).toBe(1);
+  });
+
+  test("a download that was cut goes on there at its offset", async () => {
+    await using it = await setUp();
+    await using slow = await startServer(it.root, { args: ["--limit-rate", "2M"] });
+    const child = spawnClient(slow.address, ["get", "big", "-d", it.folder]);
+    const log = join(it.folder, "big.resume.json");
+    const held = () => (existsSync(log) ? (JSON.parse(readFileSync(log, "utf8")) as ResumeLog).bytes : 0);
+    await waitFor("bytes have come", () => held() > MIB / 2);
+    child.kill("SIGKILL");
+    await child.exited;
+    const bytes = held();
+    expect(await it.run("get", "big", "-d", ".")).toMatchObject({ status: 0, errors: "" });
+    expect(readFileSync(join(it.folder, "big")).equals(big)).toBe(true);
+    const [first] = it.server.requests.filter(({ action }) => action === "get");
+    expect(first).toMatchObject({ offset: bytes });
+    await waitFor("the holder has logged it", () => it.holder.log.some(({ offset }) => offset === bytes));
+  });
+
+  test("at a limited rate every stretch is asked there", async () => {
+    using holder = startFakeServer(answerWith(() => "0123456789".repeat(2000)));
+    using server = startSender(holder.port);
+    const run = await runClient(server.address, ["cat", "f", "--limit-rate", "2000"]);
+    expect(run).toMatchObject({ status: 0, errors: "", output: "0123456789".repeat(2000) });
+    expect([count(server, "get"), count(holder, "get"), holder.hellos.length]).toEqual([1, 2, 1]);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- folders
+
+/** Lists these files as the folder "d", and sends on to a port whoever asks for one; undefined: it is here. */
+function startLister(files: Record<string, string>, portOf: (path: string) => number | undefined): FakeServer {
+  return startFakeServer((request) => {
+    if (request.action === "list") return listOf(files);
+    if (request.action === "stat" && request.path === "d")
+      return [encodeMeta({ kind: "folder", size: 0, mtime: 0, etag: "" })];
+    const port = "path" in request ? portOf(request.path) : undefined;
+    return port === undefined ? serveFile(files, request) : to(port);
+  });
+}
+
+function listOf(files: Record<string, string>): Uint8Array[] {
+  const encoder = new EntriesEncoder();
+  const frames = Object.entries(files).flatMap(([path, content]) => {
+    const { kind, size, mtime } = metaOf(content, "");
+    return encoder.add({ path, kind, size, mtime }) ?? [];
+  });
+  const rest = encoder.rest();
+  return [...frames, ...(rest ? [rest] : []), encodeEnd(Object.keys(files).length)];
+}
+
+/** Small ones whole, as a server does. */
+function serveFile(files: Record<string, string>, request: Request): Uint8Array[] {
+  if (request.action !== "get") return [encodeError(new RepriseError("refused"))];
+  const content = files[request.path.slice("d/".length)]!;
+  const meta = metaOf(content, `v1-${request.path}`);
+  const { offset, length } = request;
+  if (content.length < 1000) return [encodeFile(meta, Buffer.from(content))];
+  return [encodeMeta(meta, offset), ...contentFrames(content.slice(offset, offset + length))];
+}
+
+describe("get -r and sync", () => {
+  const many = Object.fromEntries(Array.from({ length: 2000 }, (_, at) => [`f${at}`, `content of ${at}\n`]));
+  const numberOf = (path: string) => Number(path.slice("d/f".length));
+  const paths = (server: FakeServer) => server.requests.flatMap((it) => (it.action === "get" ? it.path : [])).sort();
+  const expectAll = (folder: string, files: Record<string, string>) => {
+    expect(readdirSync(folder).sort()).toEqual(Object.keys(files).sort());
+    for (const [name, content] of Object.entries(files))
+      if (readFileSync(join(folder, name), "utf8") !== content) throw new Error(`${name} has other content`);
+  };
+
+  const commands = { get: ["get", "-r", "d", "-o", "got"], sync: ["sync", "d", "got"] };
+  test.each(Object.entries(commands))(
+    "%s: some of 2,000 are elsewhere, each is asked for once, where it is",
+    async (_, args) => {
+      using folder = temporaryFolder();
+      using first = startFakeServer((request) => serveFile(many, request));
+      using second = startFakeServer((request) => serveFile(many, request));
+      const holders = [first, second, undefined, undefined, undefined];
+      using server = startLister(many, (path) => holders[numberOf(path) % 5]?.port);
+      expect((await runClient(server.address, args, { cwd: folder.path })).status).toBe(0);
+      expectAll(join(folder.path, "got"), many);
+      const all = Object.keys(many).map((name) => `d/${name}`);
+      expect(paths(server)).toEqual(all.sort());
+      expect(paths(first)).toEqual(all.filter((path) => numberOf(path) % 5 === 0));
+      expect(paths(second)).toEqual(all.filter((path) => numberOf(path) % 5 === 1));
+      // One for each of the two jobs.
+      for (const { hellos } of [first, second]) {
+        expect(hellos.length).toBeLessThanOrEqual(2);
+        expect(hellos.every(isDirect)).toBe(true);
+      }
+      for (const one of [server, first, second]) await closed(one);
+    },
+  );
+
+  test("what a holder sends on is asked for there", async () => {
+    using folder = temporaryFolder();
+    using last = startFakeServer((request) => serveFile(many, request));
+    using middle = startLister(many, (path) => (numberOf(path) % 2 === 0 ? last.port : undefined));
+    using server = startLister(many, (path) => (numberOf(path) % 3 === 0 ? middle.port : undefined));
+    const run = await runClient(server.address, ["get", "-r", "d", "-o", "got"], { cwd: folder.path });
+    expect(run).toMatchObject({ status: 0, errors: "" });
+    expectAll(join(folder.path, "got"), many);
+    expect([server, middle, last].map((one) => count(one, "get"))).toEqual([2000, 667, 334]);
+    for (const one of [server, middle, last]) await closed(one);
+  });
+
+  test("a holder that dies is asked for nothing twice: what it has not answered is asked where it came from", async () => {
+    using folder = temporaryFolder();
+    const large = { ...many, big: "large ".repeat(500_000) };
+    let answered = 0;
+    using dying = startFakeServer((request) => {
+      if (++answered <= 100) return serveFile(large, request);
+      return [undefined];
+    });
+    using good = startFakeServer((request) => serveFile(large, request));
+    const asked = new Map<string, number>();
+    using server = startLister(large, (path) => {
+      const times = (asked.get(path) ?? 0) + 1;
+      asked.set(path, times);
+      return path === "d/big" || numberOf(path) % 2 === 0 ? (times === 1 ? dying : good).port : undefined;
+    });
+    const run = await runClient(server.address, ["get", "-r", "d", "-o", "got", "--jobs", "1"], { cwd: folder.path });
+    expect(run.status).toBe(0);
+    expect(run.errors).toContain("asking elsewhere (1 of 10)");
+    expectAll(join(folder.path, "got"), large);
+    const twice = [...asked.values()].filter((times) => times > 1).length;
+    expect(twice).toBe(1001 - 100);
+    expect(Math.max(...asked.values())).toBe(2);
+    expect(count(good, "get")).toBe(twice);
+    for (const one of [server, dying, good]) await closed(one);
+  });
+
+  test("a large file goes on at its offset with another holder, under its etag", async () => {
+    using folder = temporaryFolder();
+    const files = { big: "0123456789".repeat(300_000), small: "small" };
+    let cuts = 0;
+    const cutting: Answering = (request) => {
+      const frames = serveFile(files, request);
+      return request.action === "get" && ++cuts <= 3 ? [...frames.slice(0, 3), undefined] : frames;
+    };
+    using first = startFakeServer(cutting);
+    using second = startFakeServer(cutting);
+    let turn = 0;
+    using server = startLister(files, (path) => (path === "d/big" ? [first, second][turn++ % 2]!.port : undefined));
+    const run = await runClient(server.address, ["get", "-r", "d", "-o", "got"], { cwd: folder.path });
+    expect(run.status).toBe(0);
+    expectAll(join(folder.path, "got"), files);
+    const gets = [first, second].flatMap(({ requests }) => requests) as { offset: number; etag: string }[];
+    expect(gets.map(({ offset }) => offset).sort((a, b) => a - b)).toEqual([0, 1, 2, 3].map((at) => at * 512 * 1024));
+    expect(new Set(gets.filter(({ offset }) => offset > 0).map(({ etag }) => etag))).toEqual(new Set(["v1-d/big"]));
+    // The file that is here was asked for once, over a connection that none of it has cut.
+    expect(count(server, "get")).toBe(5);
+    expect(server.hellos.length).toBeLessThanOrEqual(3);
+  });
+
+  test("nobody is there: those files fail, each with its line, after all attempts; the others have come", async () => {
+    using folder = temporaryFolder();
+    const dead = deadPort();
+    using server = startLister(many, (path) => (numberOf(path) % 1000 === 7 ? dead : undefined));
+    const args = ["get", "-r", "d", "-o", "got", "--retries", "2"];
+    const run = await runClient(server.address, args, { cwd: folder.path });
+    expect(run.status).toBe(8);
+    expect(run.errors.match(/^error: .* \(given up after 2 retries\)$/gm)?.length).toBe(2);
+    const { f7: _, f1007: __, ...others } = many;
+    expectAll(join(folder.path, "got"), others);
+    // A job that comes late to one who is known to be dead has no attempts of its own.
+    expect([2, 3, 4]).toContain(count(server, "get") - 2000);
+  });
+
+  test("a holder that does not keep to the protocol ends it; a circle only costs the file", async () => {
+    using folder = temporaryFolder();
+    using liar = startFakeServer(() => [encodeEnd(7)]);
+    using server = startLister(many, (path) => (numberOf(path) === 7 ? liar.port : undefined));
+    const run = await runClient(server.address, ["get", "-r", "d", "-o", "lied"], { cwd: folder.path });
+    expect([run.status, run.errors]).toEqual([9, expect.stringContaining("does not keep to the protocol")]);
+    expect(existsSync(join(folder.path, "lied/f7"))).toBe(false);
+    using self: FakeServer = startLister(many, (path) => (numberOf(path) === 7 ? self.port : undefined));
+    const round = await runClient(self.address, ["get", "-r", "d", "-o", "round"], { cwd: folder.path });
+    expect(round).toMatchObject({ status: 9, errors: `error: redirects in a circle, last to ${self.address}\n` });
+    const { f7: _, ...others } = many;
+    expectAll(join(folder.path, "round"), others);
+  });
+
+  test("SIGINT while a holder sends ends it, and the same command goes on", async () => {
+    using folder = temporaryFolder();
+    const files = { big: "0123456789".repeat(300_000) };
+    using root = makeRoot({ "d/big": files.big });
+    await using slow = await startServer(root.path, { args: ["--limit-rate", "1M"] });
+    await using fast = await startServer(root.path);
+    let { port } = slow;
+    using server = startLister(files, () => port);
+    const args = ["get", "-r", "d", "-d", folder.path];
+    const child = spawnClient(server.address, args);
+    const log = join(folder.path, "d/big.resume.json");
+    const held = () => (existsSync(log) ? (JSON.parse(readFileSync(log, "utf8")) as ResumeLog).bytes : 0);
+    await waitFor("bytes have come", () => held() > 0);
+    child.kill("SIGINT");
+    expect(await child.exited).toBe(130);
+    const bytes = held();
+    port = fast.port;
+    expect(await runClient(server.address, args)).toMatchObject({ status: 0, errors: "" });
+    expect(server.requests.at(-1)).toMatchObject({ action: "get", offset: bytes });
+    await waitFor("it is sent from there", () =>
+      fast.log.some(({ event, offset }) => event === "get" && offset === bytes),
+    );
+    expectAll(join(folder.path, "d"), files);
+  });
+});
+
+/** Where nobody listens. */
+function deadPort(): number {
+  const listener = Bun.listen({ hostname: HOST, port: 0, socket: { data() {} } });
+  listener.stop(true);
+  return listener.port;
+}
+
+// ---------------------------------------------------------------------------------------------------- what is not followed
+
+describe("what is not followed", () => {
+  /** Servers that send on in a chain of so many redirects, the last of them to `port`. */
+  function startChain(length: number, port: number) {
+    const servers: FakeServer[] = [];
+    let next = port;
+    for (let at = 0; at < length; at++) {
+      const server = startSender(next);
+      servers.push(server);
+      next = server.port;
+    }
+    return {
+      servers,
+      address: `${HOST}:${next}`,
+      [Symbol.dispose]() {
+        for (const server of servers) server[Symbol.dispose]();
+      },
+    };
+  }
+
+  test.each([
+    [1, 0],
+    [5, 0],
+    [6, 9],
+  ])("a chain of %d redirects: status %d", async (length, status) => {
+    using folder = temporaryFolder();
+    using holder = startFakeServer(answerWith(() => "there"));
+    using chain = startChain(length, holder.port);
+    const commands = [
+      ["cat", "f"],
+      ["stat", "f"],
+      ["get", "f", "-d", folder.path],
+      ["get", "f", "-d", folder.path, "--segments", "2"],
+    ];
+    for (const args of commands) {
+      const run = await runClient(chain.address, [...args, ...ONCE]);
+      expect([args, run.status]).toEqual([args, status]);
+      // By the last of them the file is there.
+      const said = args.includes("--segments") ? `${join(folder.path, "f")} is complete already\n` : "";
+      expect(run.errors).toBe(status === 0 ? said : `error: more than 5 redirects, last to ${holder.address}\n`);
+    }
+    expect(existsSync(join(folder.path, "f"))).toBe(status === 0);
+    expect(readdirSync(folder.path)).toEqual(status === 0 ? ["f"] : []);
+    expect(holder.hellos.length > 0).toBe(status === 0);
+    for (const server of chain.servers) await closed(server);
+  });
+
+  test.each([1, 2, 3])("a circle of %d servers", async (length) => {
+    let first = 0;
+    using end = startSender(() => first);
+    using chain = startChain(length - 1, end.port);
+    first = Number(chain.address.split(":")[1]);
+    const run = await runClient(chain.address, ["cat", "f", ...ONCE]);
+    expect(run).toMatchObject({ status: 9, output: "" });
+    expect(run.errors).toBe(`error: redirects in a circle, last to ${chain.address}\n`);
+    for (const server of [end, ...chain.servers]) expect(count(server, "get")).toBe(1);
+  });
+
+  test("a circle that ends is none: servers may disagree for a moment", async () => {
+    using holder = startFakeServer(answerWith(() => "there"));
+    let times = 0;
+    using server: FakeServer = startSender(() => (++times < 3 ? server.port : holder.port));
+    expect(await runClient(server.address, ["cat", "f"])).toMatchObject({ status: 0, output: "there" });
+  });
+
+  test("whoever sent the client by HELLO may be the one who has it", async () => {
+    using replica = startSender(() => master.port);
+    using master: FakeServer = startMaster(
+      () => [replica.port],
+      answerWith(() => "there"),
+    );
+    expect(await runClient(master.address, ["cat", "f", ...ONCE])).toMatchObject({ status: 0, output: "there" });
+    expect(master.hellos.map(isDirect)).toEqual([false, true]);
+  });
+
+  test("to nobody: tried as often as --retries says, each time by way of the server that was named", async () => {
+    using folder = temporaryFolder();
+    using server = startSender(deadPort());
+    const run = await runClient(server.address, ["get", "f", "-d", folder.path, "--retries", "2"]);
+    expect(run.status).toBe(8);
+    expect(run.errors).toContain("nothing listens there (given up after 2 retries)");
+    expect(run.errors).not.toContain("trying again in");
+    expect([server.hellos.length, readdirSync(folder.path)]).toEqual([3, []]);
+  });
+
+  test("to one who is silent: ends by --timeout", async () => {
+    using silent = startFakeServer(() => [], { greet: () => [] });
+    using server = startSender(silent.port);
+    const run = await runClient(server.address, ["cat", "f", ...ONCE, "--timeout", "0.3"]);
+    expect([run.status, run.errors]).toEqual([8, "error: no byte for 0.3 s\n"]);
+    for (const one of [server, silent]) await closed(one);
+  });
+
+  test("SIGINT ends the wait for one who is silent", async () => {
+    using silent = startFakeServer(() => []);
+    using server = startSender(silent.port);
+    const child = spawnClient(server.address, ["cat", "f"]);
+    await waitFor("it is asked", () => silent.requests.length > 0);
+    child.kill("SIGINT");
+    expect(await child.exited).toBe(130);
+    await closed(silent);
+  });
+
+  const requests: [string, string[], string | undefined][] = [
+    ["LIST", ["ls"], undefined],
+    ["REMOVE", ["rm", "f"], undefined],
+    ["MKDIR", ["mkdir", "f"], undefined],
+    ["STATUS", ["status"], undefined],
+    ["MOVE", ["mv", "a", "b"], undefined],
+    ["PUT", ["put", "-", "-t", "f"], "content"],
+  ];
+  test.each(requests)("in place of the answer to %s", async (_, args, stdin) => {
+    using trap = startFakeServer(() => [encodeEnd(0)]);
+    using server = startFakeServer((request) =>
+      request.action === "stat" ? [encodeError(new RepriseError("not_found"))] : to(trap.port),
+    );
+    const options = stdin === undefined ? {} : { stdin };
+    const run = await runClient(server.address, [...args, ...ONCE], options);
+    expect([run.status, run.errors]).toEqual([9, expect.stringContaining("redirect in place of")]);
+    expect(trap.hellos.length).toBe(0);
+  });
+
+  describe("to other content", () => {
+    const before = "b".repeat(6 * MIB);
+    const after = "a".repeat(6 * MIB);
+
+    /** Gives out the file to its half, and then sends on to a port. */
+    function startHalf(port: number): FakeServer {
+      let times = 0;
+      return startFakeServer((request) => {
+        if (request.action === "stat") return [encodeMeta(metaOf(before, "before"))];
+        if (request.action !== "get") return [encodeEnd(0), undefined];
+        if (++times > 1) return to(port);
+        const frames = contentFrames(before);
+        return [encodeMeta(metaOf(before, "before"), 0), ...frames.slice(0, 12), undefined];
+      });
+    }
+
+    test.each([
+      ["get", ["get", "f", "-d", "."]],
+      ["cat", ["cat", "f"]],
+    ])("%s goes on with no other version", async (_, args) => {
+      using folder = temporaryFolder();
+      using holder = startFakeServer(answerWith(() => after, "after"));
+      using server = startHalf(holder.port);
+      const run = await runClient(server.address, args, { cwd: folder.path });
+      expect([run.status, run.errors]).toEqual([9, expect.stringContaining("another part than was asked for")]);
+      expect(run.output.includes("a")).toBe(false);
+      expect(existsSync(join(folder.path, "f"))).toBe(false);
+      expect(holder.requests).toMatchObject([{ offset: 3 * MIB, etag: "before" }]);
+    });
+
+    test("one who says that it has changed is believed: a file starts again, a stream ends", async () => {
+      using folder = temporaryFolder();
+      const other = answerWith(() => after, "after");
+      using holder = startFakeServer((request, connection) =>
+        request.action === "get" && request.etag === "before"
+          ? [encodeError(new RepriseError("changed"))]
+          : other(request, connection),
+      );
+      using first = startHalf(holder.port);
+      expect(await runClient(first.address, ["get", "f", "-d", folder.path])).toMatchObject({ status: 0 });
+      expect(readFileSync(join(folder.path, "f"), "utf8") === after).toBe(true);
+      using second = startHalf(holder.port);
+      const run = await runClient(second.address, ["cat", "f"]);
+      expect([run.status, run.output === "b".repeat(3 * MIB)]).toEqual([5, true]);
+    });
+
+    test("segments of two versions make no file", async () => {
+      using folder = temporaryFolder();
+      using holder = startFakeServer(answerWith(() => after, "after"));
+      const own = answerWith(() => before, "before");
+      using server = startFakeServer((request, connection) =>
+        request.action === "get" && request.offset > 0 ? to(holder.port) : own(request, connection),
+      );
+      const args = ["get", "f", "-d", folder.path, "--segments", "3"];
+      const run = await runClient(server.address, args);
+      expect([run.status, run.errors]).toEqual([9, expect.stringContaining("another part than was asked for")]);
+      expect(existsSync(join(folder.path, "f"))).toBe(false);
+    });
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- who is trusted
+
+describe("who is trusted", () => {
+  test.skipIf(!hasOpenssl)("TLS goes on as TLS, and never to who does not speak it", async () => {
+    using root = makeRoot({ f: "secret" });
+    const { cert, key, args } = pair("good");
+    const tls = { cert: readFileSync(cert, "utf8"), key: readFileSync(key, "utf8") };
+    await using holder = await startServer(root.path, { args });
+    const ca = ["--ca", authority()];
+    using server = startFakeServer(() => to(holder.port), { tls });
+    const run = await runClient(`tls://${server.address}`, ["cat", "f", ...ca, ...ONCE]);
+    expect(run).toMatchObject({ status: 0, output: "secret", errors: "" });
+    using clear = startFakeServer(answerWith(() => "forged"));
+    using other = startFakeServer(() => to(clear.port), { tls });
+    expect((await runClient(`tls://${other.address}`, ["cat", "f", ...ca, ...ONCE, "--timeout", "1"])).output).toBe("");
+    expect(clear.hellos.length).toBe(0);
+  });
+
+  const outside = Object.values(networkInterfaces())
+    .flat()
+    .find((it) => it && !it.internal && it.family === "IPv4")?.address;
+  if (!outside) console.log("skipped: this machine has no address but loopback, so that no token can leave it");
+
+  test.skipIf(!outside)("a token goes on within this machine, and not in clear beyond loopback", async () => {
+    const tokens: string[] = [];
+    const listener = Bun.listen({
+      hostname: "0.0.0.0",
+      port: 0,
+      socket: { data: (_, bytes) => void tokens.push(bytes.toString("latin1")), error() {} },
+    });
+    using near = startFakeServer(answerWith(() => "here"));
+    const env = { REPRISE_TOKEN: "rprs_the-token" };
+    using good = startSender(near.port);
+    expect((await runClient(good.address, ["cat", "f", ...ONCE], { env })).output).toBe("here");
+    expect(near.hellos.map(({ token }) => token)).toEqual(["rprs_the-token"]);
+    using server = startFakeServer(() => [encodeRedirect(outside!, listener.port)]);
+    const run = await runClient(server.address, ["cat", "f", ...ONCE, "--timeout", "1"], { env });
+    listener.stop(true);
+    expect([run.status, run.errors]).toEqual([
+      4,
+      expect.stringContaining("no token is sent in clear to another machine"),
+    ]);
+    expect(tokens).toEqual([]);
+  });
+});
