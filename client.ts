@@ -352,12 +352,19 @@ const resume = command({
 
 const status = command({
   meta: { name: "status", description: "Show the server's version, workers and replicas" },
-  examples: ["client.ts status --json"],
+  examples: ["client.ts status", "client.ts status --json"],
   args: common,
   run: withContext(async (context) => {
-    const info = await context.remote.status();
-    if (context.json) return print(toJson(info));
-    await printFields(info);
+    // Of the server that was named, rather than of one that it sends to.
+    const remote = context.connectTo(context.server, { direct: true });
+    try {
+      const info = await remote.status();
+      if (context.json) return await print(toJson(info));
+      const { formatStatus } = await import("./terminal.ts");
+      await print(formatStatus(info));
+    } finally {
+      remote.close();
+    }
   }),
 });
 

@@ -63,7 +63,7 @@ export interface Context {
   /** The server was named by the user, rather than left to the default or a resume log. */
   isNamed: boolean;
   /** Another connection to a server, with the same options and the same way to interrupt; the token only goes to `server`. */
-  connectTo: (server: string) => Remote;
+  connectTo: (server: string, options?: Pick<RemoteOptions, "direct">) => Remote;
   credentials: Pick<RemoteOptions, "token" | "ca">;
   /** Connections for many files. */
   jobs: number;
@@ -101,13 +101,13 @@ export function contextFrom(args: Args, signal: AbortSignal): Context {
     note: (text: string) => say("warn", text),
   };
   const server = serverOf(args);
-  const connectTo = (name: string) => {
+  const connectTo = (name: string, { direct = false }: Pick<RemoteOptions, "direct"> = {}) => {
     const servers = parseServers(name);
     // A resume log may name a server of anybody: the token is for those that the user names.
     const isNamed = areAmong(servers, parseServers(server));
     if (options.token !== undefined && !isNamed)
       say("warn", `${quote(name)} gets no token: it is not named by --server`);
-    return new Remote({ ...options, token: isNamed ? options.token : undefined, servers });
+    return new Remote({ ...options, token: isNamed ? options.token : undefined, servers, direct });
   };
   return {
     remote: connectTo(server),

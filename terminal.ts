@@ -42,6 +42,40 @@ export function formatFields(fields: Record<string, unknown>): string {
     .join("\n");
 }
 
+const REPLICA_COLUMNS = ["address", "state", "revision", "lag", "problem"];
+
+/** The same of what a server says of itself, with a table of those that have joined it. */
+export function formatStatus(info: Record<string, unknown>): string {
+  const { replicas, ...fields } = info;
+  // Of an older server there is only a number, or nothing.
+  if (!Array.isArray(replicas) || replicas.length === 0 || !replicas.every(isRecord)) return formatFields(info);
+  return `${formatFields({ ...fields, replicas: replicas.length })}\n\n${formatTable(replicas, REPLICA_COLUMNS)}`;
+}
+
+function isRecord(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null;
+}
+
+/** Columns as wide as what is in them, numbers to the right. */
+function formatTable(rows: Record<string, unknown>[], columns: string[]): string {
+  const cells = [columns, ...rows.map((row) => columns.map((name) => printable(formatValue(row[name] ?? ""))))];
+  const widths = columns.map((_, column) => Math.max(...cells.map((line) => Bun.stringWidth(line[column]!))));
+  const isNumber = columns.map((name) => rows.every((row) => typeof row[name] === "number"));
+  return cells
+    .map((line) =>
+      line
+        .map((cell, column) => pad(cell, widths[column]!, isNumber[column]!))
+        .join("  ")
+        .trimEnd(),
+    )
+    .join("\n");
+}
+
+function pad(text: string, width: number, toTheRight: boolean): string {
+  const blanks = " ".repeat(width - Bun.stringWidth(text));
+  return toTheRight ? blanks + text : text + blanks;
+}
+
 function formatValue(value: unknown): string {
   if (Array.isArray(value)) return value.length === 0 ? "none" : value.map(formatValue).join(", ");
   return typeof value === "object" ? JSON.stringify(value) : String(value);
