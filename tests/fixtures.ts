@@ -24,6 +24,7 @@ import {
   encodeEnd,
   encodeWelcome,
   FrameDecoder,
+  FrameType,
   type Hello,
   MAX_CONTENT_BYTES,
   type Request,
@@ -336,7 +337,7 @@ export interface FakeOptions {
   tls?: { cert: string; key: string };
 }
 
-/** A server that speaks the protocol and answers whatever the test wants. It takes no content. */
+/** A server that speaks the protocol and answers whatever the test wants. What content comes it forgets. */
 export function startFakeServer(answer: Answering, { greet, tls }: FakeOptions = {}): FakeServer {
   interface State {
     decoder: FrameDecoder;
@@ -386,6 +387,7 @@ export function startFakeServer(answer: Answering, { greet, tls }: FakeOptions =
             send(socket, greet?.(hello, data.number) ?? [encodeWelcome("fake")]);
             continue;
           }
+          if (frame.type === FrameType.DATA || frame.type === FrameType.END) continue;
           const request = decodeRequest(frame);
           requests.push(request);
           data.turn = data.turn.then(async () => send(socket, await answer(request, data.number)));

@@ -3,7 +3,7 @@
  * and a server that dies under it costs nothing that had come.
  */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, statSync, utimesSync, writeFileSync } from "node:fs";
 import { networkInterfaces } from "node:os";
 import { join } from "node:path";
 import { parseServers, Remote } from "../client.ts";
@@ -13,27 +13,34 @@ import {
   encodeEnd,
   encodeError,
   encodeFile,
+  encodeInfo,
   encodeMeta,
   encodeRedirect,
+  encodeSum,
   encodeWelcome,
   type Meta,
   RepriseError,
   type Request,
 } from "../protocol.ts";
 import type { ResumeLog } from "../resume.ts";
+import { formatStatus } from "../terminal.ts";
 import { authority, hasOpenssl, pair } from "./certificates.ts";
 import {
   type Answering,
   contentFrames,
   type FakeServer,
+  isAlive,
   makeRoot,
   randomBytes,
   runClient,
+  type Server,
   spawnClient,
+  spawnFedClient,
   startFakeServer,
   startServer,
   TEST_MS,
   temporaryFolder,
+  treeOf,
   waitFor,
 } from "./fixtures.ts";
 
@@ -623,5 +630,361 @@ describe("who is trusted", () => {
       expect.stringContaining("no token is sent in clear to another machine"),
     ]);
     expect(tokens).toEqual([]);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- failover
+
+/** As a machine that loses its power: nothing is said, and nobody takes its place. */
+function kill(server: Server): void {
+  const workers = server.workers();
+  server.process.kill("SIGKILL");
+  for (const pid of workers) if (isAlive(pid)) process.kill(pid, "SIGKILL");
+}
+
+/**
+ * A master that sends to one replica after the other, each a server of its own on the same root: by inode and times a
+ * file has the same etag at all of them.
+ */
+async function startCluster(root: string, size: number, args: string[]) {
+  const replicas: Server[] = [];
+  const add = async () => replicas.push(await startServer(root, { args: ["--writable", ...args] }));
+  for (let at = 0; at < size; at++) await add();
+  let named: Server[] | undefined;
+  const master = startMaster(() => (named ?? replicas).map(({ port }) => port));
+  return {
+    replicas,
+    master,
+    address: master.address,
+    /** These are sent to, in place of all. */
+    name(...servers: Server[]) {
+      named = servers;
+    },
+    /** One takes the place of the oldest, which dies; the master hears of it at once. */
+    async replace() {
+      const [oldest] = replicas;
+      await add();
+      replicas.shift();
+      kill(oldest!);
+      await oldest![Symbol.asyncDispose]();
+    },
+    async [Symbol.asyncDispose]() {
+      master[Symbol.dispose]();
+      await Promise.all(replicas.map((server) => server[Symbol.asyncDispose]()));
+    },
+  };
+}
+
+describe("a replica dies", () => {
+  const big = randomBytes(24 * MIB + 5, 4);
+  const KILLS = 20;
+  const heldBytes = (file: string) => {
+    if (!existsSync(`${file}.resume.json`)) return 0;
+    const { bytes, segments = [] }: ResumeLog = JSON.parse(readFileSync(`${file}.resume.json`, "utf8"));
+    return segments.reduce((sum, segment) => sum + segment.bytes, bytes);
+  };
+
+  test.each([
+    ["get", ["get", "big"]],
+    ["get --segments", ["get", "big", "--segments", "3"]],
+    ["get -r", ["get", "-r", "/"]],
+    ["cat", ["cat", "big"]],
+  ])(`${KILLS} times in the middle of one %s: it goes on by itself, and no byte is wrong`, async (name, args) => {
+    using root = makeRoot({ big });
+    using folder = temporaryFolder();
+    // Slow enough that it is not done before it was cut so often.
+    const [size, rate] = args.includes("--segments") ? [2, "2M"] : [1, "6M"];
+    await using cluster = await startCluster(root.path, size, ["--limit-rate", rate]);
+    const child = spawnClient(cluster.address, [...args, ...(name === "cat" ? [] : ["-d", folder.path])]);
+    const errors = new Response(child.stderr).text();
+    const chunks: Uint8Array[] = [];
+    let piped = 0;
+    const reading = (async () => {
+      for await (const chunk of child.stdout) {
+        chunks.push(chunk);
+        piped += chunk.length;
+      }
+    })();
+    const file = join(folder.path, "big");
+    let kills = 0;
+    for (let before = 0; kills < KILLS; kills++) {
+      const come = () => (name === "cat" ? piped : heldBytes(file));
+      before = await waitFor("bytes have come", () => (come() > before || child.exitCode !== null ? come() || 1 : 0));
+      await cluster.replace();
+      if (child.exitCode !== null) break;
+    }
+    expect([await child.exited, kills]).toEqual([0, KILLS]);
+    await reading;
+    const got = name === "cat" ? Buffer.concat(chunks) : readFileSync(file);
+    expect(got.equals(big)).toBe(true);
+    expect(await errors).not.toContain("starting again");
+    expect((await errors).split("again").length - 1).toBeGreaterThan(KILLS / 2);
+    expect(readdirSync(folder.path)).toEqual(name === "cat" ? [] : ["big"]);
+  });
+
+  test("the master names the dead one for a while: it is asked again at once, and then waited for", async () => {
+    using root = makeRoot({ big });
+    await using cluster = await startCluster(root.path, 2, ["--limit-rate", "8M"]);
+    const [first, second] = cluster.replicas as [Server, Server];
+    cluster.name(first);
+    const child = spawnClient(cluster.address, ["cat", "big"]);
+    const errors = new Response(child.stderr).text();
+    const output = new Response(child.stdout).bytes();
+    await waitFor("it is being sent", () => cluster.master.hellos.length > 0);
+    await waitFor("a connection is there", async () => (await runStatus(first)).connections > 0);
+    kill(first);
+    await waitFor("it was asked again a few times", () => cluster.master.hellos.length >= 6);
+    cluster.name(second);
+    expect(await child.exited).toBe(0);
+    expect(Buffer.from(await output).equals(big)).toBe(true);
+    const lines = (await errors).trim().split("\n");
+    expect(lines.filter((line) => line.includes(`asking ${cluster.address} again`)).length).toBe(4);
+    expect(lines.filter((line) => line.includes("trying again in")).length).toBeGreaterThanOrEqual(1);
+  });
+
+  const runStatus = async (server: Server) =>
+    JSON.parse((await runClient(server.address, ["status", "--json"])).output);
+
+  test("and no other comes: given up after --retries, which were counted from the first", async () => {
+    using root = makeRoot({ big });
+    await using cluster = await startCluster(root.path, 1, []);
+    kill(cluster.replicas[0]!);
+    const run = await runClient(cluster.address, ["cat", "big", "--retries", "6"]);
+    expect([run.status, cluster.master.hellos.length]).toEqual([8, 7]);
+    expect([...run.errors.matchAll(/again \(\d of 6\)/g)].map(String)).toEqual(
+      [1, 2, 3, 4].map((at) => `again (${at} of 6)`),
+    );
+    expect(run.errors.match(/trying again in 0\.[1-5] s \(\d of 6\)/g)?.length).toBe(2);
+  });
+
+  test("who has the newest version dies: the client asks the server that was named, not who sent it there", async () => {
+    using root = makeRoot({ big });
+    await using holder = await startServer(root.path, { args: ["--limit-rate", "8M"] });
+    await using other = await startServer(root.path);
+    using sender = startSender(holder.port);
+    let ports = [sender.port];
+    using master = startMaster(() => ports);
+    const child = spawnClient(master.address, ["cat", "big"]);
+    const output = new Response(child.stdout).bytes();
+    await waitFor("it is sent there", () => sender.requests.length > 0);
+    await waitFor("a connection is there", async () => (await runStatus(holder)).connections > 0);
+    ports = [other.port];
+    kill(holder);
+    expect(await child.exited).toBe(0);
+    expect(Buffer.from(await output).equals(big)).toBe(true);
+    expect(count(sender, "get")).toBe(1);
+  });
+
+  test.each([
+    ["a dead server and a cluster", true],
+    ["a master whose only replica is dead, and a server", false],
+  ])("--server a,b: %s", async (_, isDead) => {
+    using root = makeRoot({ small: "content" });
+    await using server = await startServer(root.path);
+    const dead = deadPort();
+    using first = startMaster(() => [dead]);
+    using second = startMaster(() => [server.port]);
+    const servers = isDead ? `${HOST}:${dead},${second.address}` : `${first.address},${second.address}`;
+    const run = await runClient(servers, ["cat", "small"]);
+    expect(run).toMatchObject({ status: 0, output: "content" });
+    expect(first.hellos.length).toBe(isDead ? 0 : 5);
+    if (isDead) expect(run.errors).toBe("");
+  });
+
+  describe("in the middle of an upload", () => {
+    /** Two replicas that share nothing; the first dies once it has some of what comes. */
+    async function upload(content: Uint8Array, args: string[], fed: boolean) {
+      using folder = temporaryFolder();
+      using firstRoot = makeRoot({});
+      using secondRoot = makeRoot({});
+      const file = join(folder.path, "file");
+      writeFileSync(file, content);
+      await using first = await startServer(firstRoot.path, { args: ["--writable"] });
+      await using second = await startServer(secondRoot.path, { args: ["--writable"] });
+      let ports = [first.port];
+      using master = startMaster(() => ports);
+      const uploads = join(firstRoot.path, ".reprise");
+      const child = fed
+        ? spawnFedClient(master.address, ["put", "-", "-t", "put"])
+        : spawnClient(master.address, ["put", file, "-t", "put", "-d", folder.path, ...args]);
+      const errors = new Response(child.stderr).text();
+      if (fed) await feed(child.stdin as FileSink, content);
+      await waitFor("some of it is there", () => bytesIn(uploads) > MIB);
+      ports = [second.port];
+      kill(first);
+      if (fed) await (child.stdin as FileSink).end();
+      const status = await child.exited;
+      const path = join(secondRoot.path, "put");
+      const isRight = existsSync(path) && readFileSync(path).equals(content);
+      return { status, errors: await errors, isRight, isThere: existsSync(path), second: second.address };
+    }
+
+    type FileSink = { write(bytes: Uint8Array): number; flush(): number | Promise<number>; end(): unknown };
+    /** All of it, while the end is still to come. */
+    async function feed(stdin: FileSink, content: Uint8Array): Promise<void> {
+      stdin.write(content);
+      await stdin.flush();
+    }
+
+    function bytesIn(folder: string): number {
+      if (!existsSync(folder)) return 0;
+      const names = readdirSync(folder, { recursive: true }) as string[];
+      return names.reduce((sum, name) => sum + statSync(join(folder, name)).size, 0);
+    }
+
+    test("of a file: it is sent from its start to another, and that is said", async () => {
+      const run = await upload(big, ["--limit-rate", "8M"], false);
+      expect([run.status, run.isRight]).toEqual([0, true]);
+      expect(run.errors).toContain(`warn: ${run.second} holds 0 of the `);
+    });
+
+    test("of standard input, as much as is kept of it: the same", async () => {
+      const run = await upload(big, [], true);
+      expect([run.status, run.isRight]).toEqual([0, true]);
+      expect(run.errors).toContain(`warn: ${run.second} holds 0 of the `);
+    });
+
+    test("of more than that: it is said that it cannot be sent again, and nothing has the name", async () => {
+      const run = await upload(randomBytes(48 * MIB, 5), [], true);
+      expect([run.status, run.isThere]).toEqual([7, false]);
+      expect(run.errors).toContain("error: standard input cannot be read again from byte 0, which the server has lost");
+    });
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- changes
+
+describe("changes in a cluster", () => {
+  test("ls, put, rm, mv and mkdir go to the replica that they are sent to", async () => {
+    using root = makeRoot({ "sub/f": "f" });
+    using folder = temporaryFolder();
+    writeFileSync(join(folder.path, "new"), "new");
+    await using cluster = await startCluster(root.path, 2, []);
+    const run = async (...args: string[]) => {
+      const ran = await runClient(cluster.address, args, { cwd: folder.path });
+      expect([args, ran.status, ran.errors]).toEqual([args, 0, ""]);
+      return ran.output;
+    };
+    await run("put", "new", "-t", "sub/");
+    await run("mkdir", "-p", "deep/er");
+    await run("mv", "sub/new", "deep/");
+    await run("rm", "sub/f");
+    expect(await run("ls", "-r")).toBe("deep/\ndeep/er/\ndeep/new\nsub/\n");
+    await run("put", "-r", "new", "-t", "sub");
+    expect(treeOf(root.path).map((line) => line.split(" ")[0]!)).toEqual([
+      "deep",
+      "deep/er",
+      "deep/new",
+      "sub",
+      "sub/new",
+    ]);
+    const at = cluster.replicas.map(({ log }) => log.filter(({ event }) => event !== "start").length);
+    await waitFor("both were asked", () => at.every((lines) => lines > 0));
+  });
+
+  /** A replica that loses its connection once it has taken a change; what it then has is said by `after`. */
+  function startForgetful(after: Answering): FakeServer {
+    let isTaken = false;
+    return startFakeServer((request, connection) => {
+      if (isTaken) return after(request, connection);
+      if (request.action === "stat") return [encodeError(new RepriseError("not_found"))];
+      isTaken = true;
+      return [undefined];
+    });
+  }
+
+  test("a move whose answer was lost is done when its new name is there, be it at another", async () => {
+    using server = startForgetful((request) =>
+      request.action === "stat" ? to(deadPort()) : [encodeError(new RepriseError("not_found"))],
+    );
+    expect(await runClient(server.address, ["mv", "a", "b"])).toMatchObject({ status: 0 });
+    expect(server.requests.at(-1)).toEqual({ action: "stat", path: "b" });
+  });
+
+  test.each([
+    ["is there, at another: it is not sent again", true],
+    ["may be at another, who is dead: it is sent again", false],
+  ])("an upload whose answer was lost, and which %s", async (_, isThere) => {
+    using folder = temporaryFolder();
+    const content = "of the upload";
+    const file = join(folder.path, "f");
+    writeFileSync(file, content);
+    const meta = metaOf(content, "v1");
+    utimesSync(file, meta.mtime / 1e6, meta.mtime / 1e6);
+    using holder = startFakeServer((request) =>
+      request.action === "stat"
+        ? [encodeMeta(meta)]
+        : [encodeSum(content.length, Bun.hash.crc32(content)), encodeEnd(content.length)],
+    );
+    const port = isThere ? holder.port : deadPort();
+    using server = startForgetful((request) => (request.action === "stat" ? to(port) : [encodeMeta(meta)]));
+    const run = await runClient(server.address, ["put", file, "--json"]);
+    expect([run.status, JSON.parse(run.output)]).toMatchObject([0, { path: "f", etag: "v1" }]);
+    expect(count(server, "put")).toBe(isThere ? 1 : 2);
+    expect(holder.requests.map(({ action }) => action)).toEqual(isThere ? ["stat", "sums"] : []);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- status
+
+describe("status", () => {
+  const info = {
+    server: "reprise 0.1.0",
+    role: "master",
+    node: "0123abcd",
+    revision: 1234,
+    workers: 2,
+    replicas: [
+      { node: "a1", address: "127.0.0.1:2122", state: "live", revision: 1234, lag: 0 },
+      { node: "b2", address: "[2001:db8::7]:2123", state: "gone", revision: 7, lag: 1227, problem: "no room" },
+    ],
+  };
+
+  test("is that of the server that was named, which says DIRECT; for a person a table", async () => {
+    using replica = startFakeServer(() => [encodeInfo({ server: "the wrong one" })]);
+    using master = startMaster(
+      () => [replica.port],
+      () => [encodeInfo(info)],
+    );
+    expect(await runClient(master.address, ["status"])).toMatchObject({
+      status: 0,
+      errors: "",
+      output: [
+        "server    reprise 0.1.0",
+        "role      master",
+        "node      0123abcd",
+        "revision  1234",
+        "workers   2",
+        "replicas  2",
+        "",
+        "address             state  revision   lag  problem",
+        "127.0.0.1:2122      live       1234     0",
+        "[2001:db8::7]:2123  gone          7  1227  no room",
+        "",
+      ].join("\n"),
+    });
+    const json = await runClient(master.address, ["status", "--json"]);
+    expect([JSON.parse(json.output), json.output.split("\n").length]).toEqual([info, 2]);
+    const prompt = await runClient(master.address, [], { stdin: "status\nquit\n" });
+    expect(prompt.output).toContain("[2001:db8::7]:2123  gone          7  1227  no room\n");
+    expect([master.hellos.map(isDirect), replica.hellos.length]).toEqual([[true, true, true], 0]);
+    await closed(master);
+  });
+
+  test.each([
+    ["no replicas", { server: "s", replicas: [] }, "server    s\nreplicas  none"],
+    ["only their number", { server: "s", replicas: 3 }, "server    s\nreplicas  3"],
+    ["nothing of it", { server: "s", uptime: 7 }, "server  s\nuptime  7"],
+    ["what is no table", { replicas: ["a", "b"] }, "replicas  a, b"],
+    ["nulls", { replicas: [null] }, "replicas  null"],
+  ])("of a server that says %s", (_, said, shown) => {
+    expect(formatStatus(said)).toBe(shown);
+  });
+
+  test("a replica without some of it, or with what a terminal would obey", () => {
+    const shown = formatStatus({ replicas: [{ address: "a\x1b[2J\nb", lag: { deep: 1 } }, {}] });
+    expect(shown.split("\n").length).toBe(5);
+    expect(shown.replaceAll("\n", "")).not.toMatch(/\p{Cc}/u);
+    expect(shown).toContain('{"deep":1}');
   });
 });
