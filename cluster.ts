@@ -1,4 +1,751 @@
-/** The keeper. */
-import type { KeeperSettings } from "./hub.ts";
+/**
+ * Stage 3: the keeper, the one process of a server that follows its cluster. The workers serve, the keeper keeps the tree.
+ *
+ * Every server is the master of those that have joined it. The first master of all has the ledger; a member sends what
+ * changes in its tree up to its master, as a proposal, and gets the ledger's records down from it, over one link. It hands
+ * both on to members of its own. What comes of a record is decided by `step` of replica.ts, alike at the master; looking at
+ * the tree is done in watch.ts, changing it in place.ts.
+ *
+ * A change is acknowledged when the ledger has it on disk and every live member knows of it: whichever member a client asks
+ * next, it gets that version, or is sent to who has it.
+ */
+import { randomBytes } from "node:crypto";
+import { existsSync } from "node:fs";
+import { openChanges } from "./changes.ts";
+import { say } from "./command.ts";
+import { formatAddress, isLoopback, sleep } from "./connection.ts";
+import type { ClusterState, ForKeeper, FromKeeper, KeeperSettings, MemberStatus, ToKeeper } from "./hub.ts";
+import { INDEX_FILE, Index } from "./index.ts";
+import {
+  type Decision,
+  EmbeddedLedger,
+  type Log,
+  type Proposal,
+  type Record,
+  type Stretch,
+  stretchOf,
+} from "./ledger.ts";
+import {
+  call,
+  cut,
+  Down,
+  type FromMaster,
+  type FromMember,
+  LEASE_MS,
+  LINK_VERSION,
+  type Proposed,
+  readFromMember,
+  Up,
+} from "./link.ts";
+import { log, logBug, logRefusal } from "./log.ts";
+import type { Address } from "./peer.ts";
+import { Placer } from "./place.ts";
+import { ERRORS, RepriseError } from "./protocol.ts";
+import { parseServers, Remote } from "./remote.ts";
+import { type Effect, type Event, isDirty, type State, step } from "./replica.ts";
+import { openFolder } from "./storage.ts";
+import { type Finding, Observer } from "./watch.ts";
 
-export function keep(_settings: KeeperSettings): void {}
+const LEDGER_FILE = "ledger.sqlite";
+const BEAT_MS = 1_000;
+/** Attempts to call a member back, which may still be about to listen. */
+const CALLS = 5;
+const CALL_RETRY_MS = 300;
+/** Records that are read together. */
+const STRETCH_RECORDS = 500;
+/** Records that a member has not yet answered for. */
+const MAX_UNANSWERED = 10_000;
+const PUBLISH_MS = 100;
+const PRUNE_MS = 60_000;
+
+/** Runs the keeper until the supervisor ends it. */
+export function keep(settings: KeeperSettings): void {
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
+  const keeper = new Keeper(settings);
+  const stop = () => {
+    keeper.close();
+    process.exit(0);
+  };
+  process.on("message", (message: ForKeeper | "drain" | "stop") => {
+    if (message === "stop") stop();
+    else if (message !== "drain") keeper.onMessage(message);
+  });
+  process.on("disconnect", stop);
+  // The supervisor starts another, which looks at everything anew.
+  const giveUp = (error: unknown) => {
+    logBug({ log: settings.log, worker: 0 }, error);
+    process.exit(1);
+  };
+  process.on("uncaughtException", giveUp);
+  process.on("unhandledRejection", giveUp);
+  process.send?.("ready");
+  keeper.start();
+}
+
+class Keeper {
+  readonly #settings: KeeperSettings;
+  readonly #index: Index;
+  readonly #state: State;
+  readonly #observer: Observer;
+  readonly #placer: Placer;
+  readonly #node: string;
+  /** By which members know each other; the master's counts. */
+  #secret: string;
+  readonly #callSecret = randomBytes(32).toString("base64url");
+  /** At the first master of all. */
+  #ledger: EmbeddedLedger | undefined;
+  #up: Up | undefined;
+  readonly #downs = new Map<string, Down>();
+  /** Members that have gone. */
+  readonly #gone = new Map<string, MemberStatus>();
+  /** Proposed here or below and not yet given to the ledger or up. */
+  #proposed: Proposed[] = [];
+  #isProposing = false;
+  /** Own proposals without an answer. */
+  readonly #undecided = new Map<string, number>();
+  readonly #announced: Announced[] = [];
+  #publishTimer: Timer | undefined;
+  #isStarted = false;
+
+  constructor(settings: KeeperSettings) {
+    this.#settings = settings;
+    const { root: path, keepFree } = settings;
+    const changes = openChanges(path, { keepFree });
+    const root = openFolder(path);
+    this.#index = new Index(`${path}/.reprise/${INDEX_FILE}`);
+    this.#node = this.#index.node;
+    this.#secret = String(
+      this.#index.fact("secret") ?? this.#index.setFact("secret", randomBytes(32).toString("base64url")),
+    );
+    const cursor = Number(this.#index.fact("cursor") ?? 0);
+    this.#state = { node: this.#node, entries: this.#index, cursor, online: false, snapshot: undefined };
+    this.#observer = new Observer(root, this.#index, {
+      take: (found) => this.#takeFound(found),
+      onError: (error) => this.#complain("look at the tree", error),
+    });
+    this.#placer = new Placer({
+      root,
+      changes,
+      index: this.#index,
+      holdersOf: (record) => this.#holdersOf(record),
+      connectTo: (address) => this.#connectTo(address),
+      take: (events) => this.#take(events),
+      examine: (paths) => void this.#observer.examine(paths),
+    });
+  }
+
+  start(): void {
+    setInterval(() => this.#beat(), BEAT_MS);
+    setInterval(() => this.#prune(), PRUNE_MS);
+    if (this.#settings.join !== undefined) this.#joinMaster(this.#settings.join);
+    else if (existsSync(this.#ledgerPath)) this.#becomeMaster();
+    this.#publishSoon();
+  }
+
+  close(): void {
+    this.#up?.close();
+    this.#placer.close();
+    this.#observer.close();
+    for (const down of this.#downs.values()) this.#note(down);
+    this.#ledger?.close();
+    this.#index.close();
+  }
+
+  onMessage(message: ForKeeper): void {
+    if ("ended" in message) {
+      for (const down of this.#downs.values()) if (down.worker === message.worker) this.#leave(down);
+    } else this.#onWorker(message.worker, message.message);
+  }
+
+  #onWorker(worker: number, message: ToKeeper): void {
+    if (message.kind === "announce") {
+      const done = () => send({ worker, message: { kind: "announced", id: message.id } });
+      return void this.#announce(message.paths).then(done);
+    }
+    const down = [...this.#downs.values()].find((down) => down.worker === worker && down.id === message.id);
+    if (message.kind === "unlinked") {
+      if (down) this.#leave(down);
+      return;
+    }
+    try {
+      const said = readFromMember(message.message as { [name: string]: unknown });
+      if (message.kind === "linked") return void this.#onLinked(worker, message.id, message.peer, said);
+      if (down) this.#onMember(down, said);
+    } catch (error) {
+      if (!(error instanceof RepriseError)) throw error;
+      this.#unlink(worker, message.id, error);
+      if (down) this.#leave(down);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------ the tree
+
+  get #ledgerPath(): string {
+    return `${this.#settings.root}/.reprise/${LEDGER_FILE}`;
+  }
+
+  /** What is seen of the tree may be old when it comes here: the keeper itself has changed it meanwhile. */
+  #takeFound(found: Finding[]): void {
+    const stale: string[] = [];
+    const events: Event[] = [];
+    for (const finding of found) {
+      if (this.#observer.isStill(finding)) events.push({ kind: "seen", ...finding });
+      else stale.push(finding.path);
+    }
+    this.#take(events);
+    if (stale.length > 0) void this.#observer.examine(stale, false);
+  }
+
+  /** All of them, or none, become part of the index; what is to be done about them is begun afterwards. */
+  #take(events: Event[]): void {
+    if (events.length === 0) return;
+    const state = this.#state;
+    const effects = this.#index.transaction(() => {
+      const cursor = state.cursor;
+      const effects = events.flatMap((event) => step(state, event));
+      if (state.cursor !== cursor) this.#index.setFact("cursor", state.cursor);
+      return effects;
+    });
+    this.#perform(effects);
+    this.#settleAnnounced();
+    this.#publishSoon();
+  }
+
+  #perform(effects: Effect[]): void {
+    const proposals: Proposal[] = [];
+    for (const effect of effects) {
+      if (effect.kind === "propose") proposals.push({ path: effect.path, base: effect.base, version: effect.version });
+      else if (effect.kind === "place") this.#placer.want(effect.record, effect.etag);
+      else if (effect.kind === "aside") void this.#placer.aside(effect.path, effect.etag, effect.to);
+      else this.#readOn(effect.after);
+    }
+    if (proposals.length > 0) this.#proposeOwn(proposals);
+  }
+
+  #proposeOwn(proposals: Proposal[]): void {
+    const undecided = this.#undecided;
+    for (const { path } of proposals) undecided.set(path, (undecided.get(path) ?? 0) + 1);
+    this.#propose({
+      origin: this.#node,
+      proposals,
+      answer: (decisions) => {
+        for (const { path } of proposals) countDown(undecided, path);
+        this.#take(decisions.map((decision, at) => decided(proposals[at]!, decision)));
+      },
+    });
+  }
+
+  #readOn(after: number): void {
+    if (this.#up) this.#up.read(after);
+    else if (this.#ledger) this.#follow();
+  }
+
+  /** What keeps a client waiting: a change of its own, until the ledger and all live members know. */
+  async #announce(paths: string[]): Promise<void> {
+    await this.#observer.examine(paths);
+    const open = new Set<string>();
+    for (const path of paths) for (const entry of this.#around(path)) if (this.#isUnknown(entry)) open.add(entry);
+    if (open.size === 0 || !this.#state.online) return;
+    await new Promise<void>((resolve) => this.#announced.push({ open, resolve }));
+  }
+
+  /** A path, the folders that it is in, and all that is in it. */
+  *#around(path: string): Generator<string> {
+    for (let at = path.indexOf("/"); at > 0; at = path.indexOf("/", at + 1)) yield path.slice(0, at);
+    yield path;
+    for (const entry of this.#index.below(path)) yield entry.path;
+  }
+
+  #isUnknown(path: string): boolean {
+    if (this.#undecided.has(path)) return true;
+    const entry = this.#index.get(path);
+    return entry !== undefined && !entry.target && isDirty(entry);
+  }
+
+  #settleAnnounced(): void {
+    for (let at = this.#announced.length - 1; at >= 0; at--) {
+      const { open, resolve } = this.#announced[at]!;
+      for (const path of open) {
+        if (this.#state.online && this.#isUnknown(path)) break;
+        open.delete(path);
+      }
+      if (open.size > 0) continue;
+      this.#announced.splice(at, 1);
+      resolve();
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------ the ledger
+
+  #becomeMaster(): void {
+    if (this.#ledger || this.#up) return;
+    const ledger = new EmbeddedLedger(this.#ledgerPath);
+    this.#ledger = ledger;
+    this.#useLedger(ledger.id);
+    for (const member of ledger.members()) this.#gone.set(member.node, this.#statusOf(member, "gone"));
+    this.#take([{ kind: "online" }]);
+    void this.#look();
+    log(this.#logSettings, { event: "cluster", status: "master" });
+  }
+
+  #useLedger(id: string): void {
+    if (this.#index.fact("ledger") === id) return;
+    this.#index.transaction(() => {
+      this.#index.forgetLedger();
+      this.#index.setFact("ledger", id);
+      this.#index.setFact("cursor", 0);
+      this.#index.setFact("pruned", 0);
+    });
+    this.#state.cursor = 0;
+  }
+
+  /** The first time, and from then on by itself. */
+  async #look(): Promise<void> {
+    if (this.#isStarted) return;
+    this.#isStarted = true;
+    await this.#observer.start(this.#settings.root);
+  }
+
+  #propose(proposed: Proposed): void {
+    this.#proposed.push(proposed);
+    if (this.#isProposing) return;
+    this.#isProposing = true;
+    // What comes together is decided together, and synced once.
+    setImmediate(() => {
+      this.#isProposing = false;
+      const all = this.#proposed;
+      this.#proposed = [];
+      if (this.#ledger) this.#append(this.#ledger, all);
+      else for (const one of all) this.#up?.propose(one);
+    });
+  }
+
+  #append(ledger: EmbeddedLedger, all: Proposed[]): void {
+    const decided = ledger.together(() =>
+      all.map(({ origin, proposals }) => ledger.append(origin, proposals).decisions),
+    );
+    const { revision } = ledger;
+    this.#follow();
+    void this.#knownBelow(revision).then(() => {
+      for (const [at, { answer }] of all.entries()) answer(decided[at]!);
+    });
+  }
+
+  /** At the master: takes in what the ledger has, and tells the members. */
+  #follow(): void {
+    const ledger = this.#ledger!;
+    while (this.#state.cursor < ledger.revision) {
+      const stretch = ledger.read(this.#state.cursor, STRETCH_RECORDS);
+      this.#take([{ kind: "stretch", ...stretch }]);
+    }
+    this.#pumpAll();
+  }
+
+  /** What members below are told from. */
+  get #log(): Log {
+    if (this.#ledger) return this.#ledger;
+    const [index, state] = [this.#index, this.#state];
+    return {
+      revision: state.cursor,
+      pruned: Number(index.fact("pruned") ?? 0),
+      records: (after, limit) => index.records(after, limit),
+    };
+  }
+
+  #prune(): void {
+    if (!this.#ledger) return;
+    for (const down of this.#downs.values()) this.#note(down);
+    this.#ledger.prune(this.#revision);
+    this.#index.prune(this.#ledger.pruned);
+  }
+
+  /** The tree has all of the log up to here. */
+  get #revision(): number {
+    const oldest = this.#index.oldestTarget;
+    return oldest === undefined ? this.#state.cursor : Math.min(oldest - 1, this.#state.cursor);
+  }
+
+  // ------------------------------------------------------------------------------------------------ up
+
+  #joinMaster(server: string): void {
+    const [address] = parseServers(server);
+    const { token, ca, host, port, advertise } = this.#settings;
+    const [told] = advertise === undefined ? [{ host: isAnywhere(host) ? "" : host, port }] : parseServers(advertise);
+    const join = { kind: "join", version: LINK_VERSION, node: this.#node, ...told!, secret: this.#callSecret } as const;
+    const up = new Up({
+      address: { ...address!, tls: address!.tls || this.#settings.tls },
+      token,
+      ca,
+      join: {
+        kind: join.kind,
+        version: join.version,
+        node: join.node,
+        host: join.host,
+        port: join.port,
+        secret: join.secret,
+      },
+      onJoined: (message) => this.#onJoined(message),
+      onMessage: (message) => this.#onMaster(message),
+      onLost: (error) => this.#onMasterLost(error),
+    });
+    this.#up = up;
+    // Before anything is proposed, what is there is known: the master's own files are not taken for changes.
+    void this.#look().then(() => up.run());
+  }
+
+  #onJoined({ ledger, secret, node }: Extract<FromMaster, { kind: "joined" }>): void {
+    this.#useLedger(ledger);
+    this.#secret = String(this.#index.setFact("secret", secret));
+    log(this.#logSettings, { event: "join", peer: this.#up!.name, status: "ok" });
+    this.#up!.chain = [node];
+    this.#take([{ kind: "online" }]);
+    this.#publish();
+    this.#sayAlive();
+    this.#placer.hurry();
+  }
+
+  #onMasterLost(error: RepriseError): void {
+    const isNews = this.#state.online || this.#up!.problem !== error.message;
+    this.#up!.problem = error.message;
+    if (isNews) {
+      const { name } = this.#up!;
+      log(this.#logSettings, { event: "join", peer: name, status: error.code });
+      const isFinal = !ERRORS[error.code].retry;
+      const what = isFinal ? `cannot join ${name}` : `no connection to the master ${name}`;
+      say("warn", `${what}: ${error.message}; trying again`);
+    }
+    this.#undecided.clear();
+    this.#take([{ kind: "offline" }]);
+    // Those below are to ask again, too.
+    for (const down of this.#downs.values())
+      this.#unlinkDown(down, new RepriseError("busy", "the master is not there"));
+  }
+
+  #onMaster(message: FromMaster): void {
+    const up = this.#up!;
+    switch (message.kind) {
+      case "stretch": {
+        const { stretch, pruned } = message;
+        this.#take([{ kind: "stretch", ...stretch }]);
+        up.received = stretch.revision;
+        this.#forget(stretch, pruned);
+        this.#pumpAll();
+        this.#sayAlive();
+        break;
+      }
+      case "decided":
+        up.onDecided(message.id, message.decisions);
+        break;
+      case "alive":
+        up.chain = message.chain;
+        up.revision = message.revision;
+        if (message.chain.includes(this.#node)) throw circle();
+    }
+  }
+
+  /** Deletions that the master has forgotten are no more use here. */
+  #forget({ snapshot, revision }: Stretch, pruned: number): void {
+    const upTo = snapshot === "complete" ? revision : snapshot ? 0 : Math.min(pruned, this.#state.cursor);
+    if (upTo <= Number(this.#index.fact("pruned") ?? 0)) return;
+    this.#index.prune(upTo);
+    this.#index.setFact("pruned", upTo);
+  }
+
+  /** How far this member is, and all below it. */
+  #sayAlive(): void {
+    const { problem } = this.#placer;
+    const nodes = [...this.#downs.values()].flatMap(({ node, nodes }) => [node, ...nodes]);
+    const received = this.#up?.received ?? 0;
+    this.#up?.say({ kind: "alive", received, known: this.#known, revision: this.#revision, nodes, problem });
+  }
+
+  get #known(): number {
+    const below = [...this.#downs.values()].filter(({ isLive }) => isLive).map(({ known }) => known);
+    return Math.min(this.#state.cursor, ...below);
+  }
+
+  // ------------------------------------------------------------------------------------------------ down
+
+  async #onLinked(worker: number, id: number, peer: string, message: FromMember): Promise<void> {
+    try {
+      if (message.kind === "call") return this.#onCall(worker, id, message.node);
+      if (message.kind !== "join") throw new RepriseError("bad_frame");
+      await this.#onJoin(worker, id, peer, message);
+    } catch (error) {
+      if (!(error instanceof RepriseError)) throw error;
+      this.#unlink(worker, id, error);
+      logRefusal(this.#logSettings, { event: "join", status: error.code, peer });
+      say("warn", `${peer} may not join: ${error.message}`);
+    }
+  }
+
+  #onCall(worker: number, id: number, node: string): void {
+    if (node !== this.#node) throw new RepriseError("refused", "refused: another server is at this address");
+    this.#say(worker, id, { kind: "called", node });
+  }
+
+  async #onJoin(worker: number, id: number, peer: string, join: Extract<FromMember, { kind: "join" }>): Promise<void> {
+    if (join.version !== LINK_VERSION)
+      throw new RepriseError("version", `servers link by version ${LINK_VERSION} here, not ${join.version}`);
+    if (join.node === this.#node)
+      throw new RepriseError("refused", "refused: that is this server itself; join another");
+    if (this.#up?.chain.includes(join.node)) throw circle();
+    if (this.#up && !this.#state.online) throw new RepriseError("busy", "the master has not joined its own master yet");
+    const address = formatAddress(join.host === "" ? peer : join.host, join.port);
+    await this.#callBack(address, join);
+    const old = this.#downs.get(join.node);
+    if (old) this.#unlinkDown(old, new RepriseError("busy", "it has joined again"));
+    this.#becomeMaster();
+    const target = this.#log.revision;
+    const down = new Down({ worker, id, node: join.node, address, target });
+    this.#downs.set(join.node, down);
+    this.#gone.delete(join.node);
+    log(this.#logSettings, { event: "member", peer: address, status: "joined" });
+    const ledger = String(this.#index.fact("ledger"));
+    this.#say(worker, id, { kind: "joined", node: this.#node, ledger, secret: this.#secret });
+    this.#publish();
+  }
+
+  /** Clients will be sent there: whoever is at that address must be the one who says so. */
+  async #callBack(address: string, { node, secret }: { node: string; secret: string }): Promise<void> {
+    for (let attempt = 1; ; attempt++) {
+      try {
+        return await call({ ...this.#addressOf(address), ca: this.#settings.ca, token: secret, node });
+      } catch (error) {
+        if (!(error instanceof RepriseError)) throw error;
+        if (attempt < CALLS && (ERRORS[error.code].retry || error.code === "denied")) {
+          await sleep(CALL_RETRY_MS);
+          continue;
+        }
+        const what = `refused: the member cannot be called back at ${address}: ${error.message}`;
+        throw new RepriseError("refused", `${what}; --advertise says where clients reach it`, error);
+      }
+    }
+  }
+
+  #onMember(down: Down, message: FromMember): void {
+    down.heardAt = performance.now();
+    switch (message.kind) {
+      case "read":
+        down.begin(message.after);
+        this.#pump(down);
+        break;
+      case "propose":
+        this.#onProposed(down, message);
+        break;
+      case "alive":
+        this.#onAlive(down, message);
+        break;
+      default:
+        throw new RepriseError("bad_frame");
+    }
+  }
+
+  #onProposed(down: Down, { id, origin, proposals }: Extract<FromMember, { kind: "propose" }>): void {
+    if (origin !== down.node && !down.nodes.includes(origin))
+      throw new RepriseError("bad_frame", "a member proposes what another has changed");
+    const answer = (decisions: Decision[]) => {
+      if (this.#downs.get(down.node) === down) this.#say(down.worker, down.id, { kind: "decided", id, decisions });
+    };
+    this.#propose({ origin, proposals, answer });
+  }
+
+  #onAlive(down: Down, message: Extract<FromMember, { kind: "alive" }>): void {
+    const wasLive = down.isLive;
+    const wasBehind = down.revision;
+    Object.assign(down, {
+      received: message.received,
+      known: message.known,
+      revision: message.revision,
+      nodes: message.nodes,
+      problem: message.problem,
+    });
+    down.isLive ||= down.revision >= down.target;
+    if (down.isLive !== wasLive) {
+      log(this.#logSettings, { event: "member", peer: down.address, status: "live" });
+      this.#publish();
+    }
+    if (down.revision !== wasBehind) this.#placer.hurry();
+    this.#pump(down);
+    this.#wakeKnown();
+    if (this.#up) this.#sayAliveUnless(message.known);
+    this.#publishSoon();
+  }
+
+  /** Up goes only what is news there. */
+  #sayAliveUnless(known: number): void {
+    if (known <= this.#state.cursor) this.#sayAlive();
+  }
+
+  #pumpAll(): void {
+    for (const down of this.#downs.values()) this.#pump(down);
+  }
+
+  /** Sends a member what it does not have of the log, as much at a time as it takes in. */
+  #pump(down: Down): void {
+    // What is missing here is missing there: it must not be taken for deleted.
+    if (this.#state.snapshot) return;
+    const { revision, pruned } = this.#log;
+    while (down.sent !== undefined && (down.sent < revision || down.isWithinSnapshot || down.isBeginning)) {
+      if (down.sent - down.received > MAX_UNANSWERED) return;
+      const stretch = cut(stretchOf(this.#log, down.sent, STRETCH_RECORDS, down.isWithinSnapshot));
+      down.isBeginning = false;
+      down.isWithinSnapshot = stretch.snapshot === "part";
+      down.sent = Math.max(stretch.revision, stretch.snapshot ? 0 : down.sent);
+      this.#say(down.worker, down.id, { kind: "stretch", stretch, pruned });
+    }
+  }
+
+  #leave(down: Down): void {
+    if (this.#downs.get(down.node) !== down) return;
+    this.#note(down);
+    this.#downs.delete(down.node);
+    this.#gone.set(down.node, this.#statusOf(down, "gone"));
+    log(this.#logSettings, { event: "member", peer: down.address, status: "gone" });
+    this.#wakeKnown();
+    this.#publish();
+  }
+
+  #unlinkDown(down: Down, error: RepriseError): void {
+    this.#unlink(down.worker, down.id, error);
+    this.#leave(down);
+  }
+
+  #note({ node, address, revision }: Down): void {
+    this.#ledger?.note({ node, address, revision });
+  }
+
+  /** Waits until all live members know of a revision; one that goes is waited for no more. */
+  readonly #waitingForKnown: { revision: number; resolve: () => void }[] = [];
+  #knownBelow(revision: number): Promise<void> {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    this.#waitingForKnown.push({ revision, resolve });
+    this.#wakeKnown();
+    return promise;
+  }
+
+  #wakeKnown(): void {
+    const known = Math.min(...[...this.#downs.values()].filter(({ isLive }) => isLive).map(({ known }) => known));
+    while (this.#waitingForKnown[0] && this.#waitingForKnown[0].revision <= known)
+      this.#waitingForKnown.shift()!.resolve();
+  }
+
+  #beat(): void {
+    const now = performance.now();
+    const { revision } = this.#log;
+    for (const down of this.#downs.values()) {
+      if (now - down.heardAt > LEASE_MS) this.#unlinkDown(down, new RepriseError("idle", "nothing was heard for 5 s"));
+      else
+        this.#say(down.worker, down.id, { kind: "alive", revision, chain: [...(this.#up?.chain ?? []), this.#node] });
+    }
+    this.#sayAlive();
+    this.#publishSoon();
+  }
+
+  // ------------------------------------------------------------------------------------------------ who is where
+
+  #holdersOf({ origin }: Record): string[] {
+    const made = [...this.#downs.values()].filter(({ node, nodes }) => node === origin || nodes.includes(origin));
+    const others = [...this.#downs.values()].filter((down) => !made.includes(down));
+    const up = this.#up ? [this.#up.name] : [];
+    return [...made.map(({ address }) => address), ...up, ...others.map(({ address }) => address)];
+  }
+
+  #connectTo(address: string): Remote {
+    const server = this.#addressOf(address);
+    const isSafe = server.tls || isLoopback(server.host) || server.host === "localhost";
+    return new Remote({
+      servers: [server],
+      direct: true,
+      token: isSafe ? this.#secret : undefined,
+      ca: this.#settings.ca,
+      timeoutMs: LEASE_MS,
+      retries: 1,
+    });
+  }
+
+  #addressOf(address: string): Address {
+    return { ...parseServers(address)[0]!, tls: this.#settings.tls || this.#up?.address.tls === true };
+  }
+
+  #publishSoon(): void {
+    this.#publishTimer ??= setTimeout(() => this.#publish(), PUBLISH_MS);
+  }
+
+  #publish(): void {
+    clearTimeout(this.#publishTimer);
+    this.#publishTimer = undefined;
+    send({ worker: 0, cluster: this.#cluster });
+  }
+
+  get #cluster(): ClusterState {
+    const downs = [...this.#downs.values()];
+    const holders = Object.fromEntries(
+      downs.flatMap(({ node, nodes, address }) => [node, ...nodes].map((node) => [node, address])),
+    );
+    const secrets = [this.#secret, this.#callSecret];
+    const replicas = downs.map((down) => this.#statusOf(down, down.isLive ? "live" : "joining"));
+    return {
+      role: this.#up ? "replica" : this.#ledger ? "master" : "alone",
+      node: this.#node,
+      master: this.#up?.name,
+      revision: this.#revision,
+      problem: this.#up && !this.#state.online ? this.#up.problem : this.#placer.problem,
+      replicas: [...replicas, ...this.#gone.values()],
+      secrets,
+      holders: this.#up ? { "": this.#up.name, ...holders } : holders,
+    };
+  }
+
+  #statusOf(
+    { node, address, revision, problem }: Pick<MemberStatus, "node" | "address" | "revision" | "problem">,
+    state: MemberStatus["state"],
+  ): MemberStatus {
+    return { node, address, state, revision, lag: Math.max(0, this.#log.revision - revision), problem };
+  }
+
+  #say(worker: number, id: number, message: FromMaster): void {
+    send({ worker, message: { kind: "say", id, message } });
+  }
+
+  #unlink(worker: number, id: number, error: RepriseError): void {
+    send({ worker, message: { kind: "unlink", id, code: error.code, text: error.message } });
+  }
+
+  #complain(what: string, error: unknown): void {
+    say("warn", `cannot ${what}: ${error instanceof Error ? error.message : error}`);
+  }
+
+  get #logSettings() {
+    return { log: this.#settings.log, worker: 0 };
+  }
+}
+
+/** Changes of a client that waits. */
+interface Announced {
+  open: Set<string>;
+  resolve: () => void;
+}
+
+function decided({ path, version }: Proposal, decision: Decision): Event {
+  if ("revision" in decision) return { kind: "decided", path, version, revision: decision.revision };
+  return { kind: "refused", path, version, refusedFor: decision.refusedFor };
+}
+
+function countDown(counts: Map<string, number>, key: string): void {
+  const count = (counts.get(key) ?? 0) - 1;
+  if (count > 0) counts.set(key, count);
+  else counts.delete(key);
+}
+
+function isAnywhere(host: string): boolean {
+  return host === "0.0.0.0" || host === "::" || host === "";
+}
+
+function circle(): RepriseError {
+  return new RepriseError("refused", "refused: that would be a circle of servers that join each other");
+}
+
+function send(message: FromKeeper): void {
+  process.send?.(message);
+}

@@ -26,7 +26,8 @@ export interface MemberStatus {
   node: string;
   /** `host:port`, as clients are told. */
   address: string;
-  state: "live" | "gone";
+  /** Clients are sent to live ones only; one that is joining does not have all of the tree yet. */
+  state: "live" | "joining" | "gone";
   revision: number;
   /** Revisions behind. */
   lag: number;

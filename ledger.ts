@@ -57,14 +57,13 @@ export interface Stretch {
   snapshot?: "part" | "complete";
 }
 
-export interface Ledger {
-  /** Names this log for good: revisions of another mean nothing. */
-  readonly id: string;
+/** What stretches are read from: the ledger, or what a member knows of it. */
+export interface Log {
   readonly revision: number;
-  /** Decides each proposal in order. Resolves when what was appended is on disk and every live member knows of it. */
-  append(origin: string, proposals: Proposal[]): Promise<Decision[]>;
-  /** What is newer than a revision, in order and `limit` records at the most; all there is where that revision is too old. */
-  read(after: number, limit: number): Promise<Stretch>;
+  /** Deletions up to here are not in it any more. */
+  readonly pruned: number;
+  /** Newer than a revision, in order. */
+  records(after: number, limit: number): Record[];
 }
 
 export const GONE: Version = { kind: "gone", size: 0, mtime: 0, sha256: "" };
@@ -94,6 +93,20 @@ export function decide(current: Record | undefined, { base, version }: Proposal)
 export function recordOf(proposal: Proposal, revision: number, origin: string, current: Record | undefined): Record {
   const { kind, size, mtime, sha256 } = proposal.version;
   return { path: proposal.path, revision, kind, size, mtime, sha256, origin, over: current?.sha256 ?? "" };
+}
+
+/**
+ * What is newer than `after`, in order and `limit` records at the most: all there is, as a snapshot, where deletions since
+ * then are forgotten. The further parts of one are read with `isWithinSnapshot`.
+ */
+export function stretchOf(log: Log, after: number, limit: number, isWithinSnapshot = false): Stretch {
+  const isSnapshot = isWithinSnapshot || after < log.pruned;
+  const start = isSnapshot && !isWithinSnapshot ? 0 : after;
+  const records = log.records(start, limit);
+  const isAll = records.length < limit;
+  const revision = isAll ? log.revision : records.at(-1)!.revision;
+  if (!isSnapshot) return { after, revision, records };
+  return { after: start, revision, records, snapshot: isAll ? "complete" : "part" };
 }
 
 // ---------------------------------------------------------------------------------------------------- SQLite
@@ -165,18 +178,28 @@ export class EmbeddedLedger {
     return this.#newest.get(path) ?? undefined;
   }
 
-  read(after: number, limit: number, snapshotAfter?: number): Stretch {
-    // Within a snapshot the next part is asked for like any other; only its beginning is too old.
-    const isSnapshot = snapshotAfter !== undefined || after < this.#pruned;
-    const start = snapshotAfter ?? (isSnapshot ? 0 : after);
-    const records = this.#since.all(start, limit);
-    const isAll = records.length < limit;
-    const revision = isAll ? this.#revision : records.at(-1)!.revision;
-    if (!isSnapshot) return { after, revision, records };
-    return { after: start, revision, records, snapshot: isAll ? "complete" : "part" };
+  /** See `stretchOf`. */
+  read(after: number, limit: number, isWithinSnapshot = false): Stretch {
+    return stretchOf(this, after, limit, isWithinSnapshot);
   }
 
-  get #pruned(): number {
+  records(after: number, limit: number): Record[] {
+    return this.#since.all(after, limit);
+  }
+
+  /** One transaction of several. */
+  together<T>(work: () => T): T {
+    const before = this.#revision;
+    try {
+      return this.#db.transaction(work)();
+    } catch (error) {
+      this.#revision = before;
+      throw error;
+    }
+  }
+
+  /** Deletions up to here are forgotten. */
+  get pruned(): number {
     return Number(this.#fact("pruned") ?? 0);
   }
 

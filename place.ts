@@ -5,7 +5,7 @@
  * Nothing is replaced or removed that is not what the index knows of: then the tree is looked at once more, and replica.ts
  * says what comes of that. What cannot be done is tried again later, and said in `status` until then.
  */
-import { type Change, type Changes, type Outcome, Upload } from "./changes.ts";
+import type { Change, Changes, Outcome, Upload } from "./changes.ts";
 import { readFully, setTime } from "./disk.ts";
 import type { Index } from "./index.ts";
 import { hasSameContent, type Record } from "./ledger.ts";
@@ -170,7 +170,10 @@ export class Placer {
           const { changes } = this.#options;
           const take = (upload: Upload) => void staged.push({ want, upload });
           const holder = this.#holderOf(want);
-          toFetch.set(holder, [...(toFetch.get(holder) ?? []), new Fetch(changes, this.#putOf(want), want, take, failed)]);
+          toFetch.set(holder, [
+            ...(toFetch.get(holder) ?? []),
+            new Fetch(changes, this.#putOf(want), want, take, failed),
+          ]);
         }
       } catch (error) {
         failed(want, error);
@@ -304,7 +307,9 @@ export class Placer {
 
   async #apply(wants: Want[], changes: Change[]): Promise<void> {
     if (wants.length === 0) return;
-    const outcomes = await this.#options.changes.apply(changes).catch((error) => wants.map(() => error as RepriseError));
+    const outcomes = await this.#options.changes
+      .apply(changes)
+      .catch((error) => wants.map(() => error as RepriseError));
     const events: Event[] = [];
     for (const [index, want] of wants.entries()) {
       const outcome = outcomes[index];
@@ -325,7 +330,7 @@ export class Placer {
     const { code } = error;
     // A folder that is not empty: of what was there before, or with something new in it.
     if (record.kind === "gone" && code === "exists" && !this.#hasTargetsBelow(record.path))
-      return this.#options.take([{ kind: "kept", record }]);
+      return void this.#options.take([{ kind: "kept", record }]);
     if (UNEXPECTED.has(code)) this.#options.examine([record.path]);
     else if (!UNSAID.has(code) || want.tries >= TRIES_UNSAID) this.#problems.set(record.path, error.message);
     this.#tryLater(want);
@@ -366,7 +371,15 @@ export class Placer {
 /** The tree is not what the index says. */
 const UNEXPECTED: ReadonlySet<string> = new Set(["changed", "exists", "not_a_file", "not_a_folder"]);
 /** What may be so for a moment: the holder has it not yet, or has something newer. */
-const UNSAID: ReadonlySet<string> = new Set(["not_found", "lost", "timeout", "idle", "busy", "shutting_down", "in_use"]);
+const UNSAID: ReadonlySet<string> = new Set([
+  "not_found",
+  "lost",
+  "timeout",
+  "idle",
+  "busy",
+  "shutting_down",
+  "in_use",
+]);
 
 /** A small file on its way here. */
 class Fetch implements Exchange {
@@ -510,5 +523,7 @@ function byPath(a: Want, b: Want): number {
 /** `a.conflict-1-2.txt` as `a.conflict-1-2-3.txt`. */
 function numbered(path: string, number: number): string {
   const dot = path.lastIndexOf(".");
-  return path.lastIndexOf(".conflict-") === dot ? `${path}-${number}` : `${path.slice(0, dot)}-${number}${path.slice(dot)}`;
+  return path.lastIndexOf(".conflict-") === dot
+    ? `${path}-${number}`
+    : `${path.slice(0, dot)}-${number}${path.slice(dot)}`;
 }

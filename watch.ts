@@ -79,6 +79,12 @@ export class Observer {
     });
   }
 
+  /** Whether what was found is what the tree has now. */
+  isStill({ path, version, etag }: Finding): boolean {
+    const there = this.#look(path);
+    return (there?.kind ?? "gone") === version.kind && (there?.etag ?? "") === etag;
+  }
+
   close(): void {
     this.#watcher?.close();
     clearTimeout(this.#timer);

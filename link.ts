@@ -1,0 +1,392 @@
+/**
+ * [link] What two servers say to each other once one has joined the other. Every message is looked at before anything is
+ * done about it: a member may be of another version, or not what it was taken for.
+ */
+import { type Connection, connect, formatAddress, isLoopback, sleep } from "./connection.ts";
+import type { Decision, Proposal, Record, Stretch, Version } from "./ledger.ts";
+import type { Address } from "./peer.ts";
+import {
+  DIRECT,
+  decodeAnswer,
+  encodeHello,
+  encodeRequest,
+  MAX_ANSWER_BYTES,
+  RepriseError,
+  splitPath,
+} from "./protocol.ts";
+import { isHidden } from "./storage.ts";
+
+export const LINK_VERSION = 1;
+/** Who has not been heard for so long has gone. */
+export const LEASE_MS = 5_000;
+const FIRST_RETRY_MS = 200;
+const LAST_RETRY_MS = 2_000;
+/** Characters of the records in one LINK, for a frame of MAX_ANSWER_BYTES: each may be three bytes. */
+const STRETCH_CHARACTERS = 160_000;
+/** And of proposals, for one of MAX_REQUEST_BYTES; the longest path takes more than half of that. */
+const PROPOSED_CHARACTERS = 12_000;
+
+/** From the server that joins, the member, to the one that is joined, its master. */
+export type FromMember =
+  /** The first. `host` is "" where the master knows better; with `secret` it can call the member back. */
+  | { kind: "join"; version: number; node: string; host: string; port: number; secret: string }
+  /** In place of a join, from a master to who wants to join it, at the address that clients would be told. */
+  | { kind: "call"; node: string }
+  /** Wants all of the log that is newer. */
+  | { kind: "read"; after: number }
+  /** Changes of the member `origin`: this one, or one that has joined it. */
+  | { kind: "propose"; id: number; origin: string; proposals: Proposal[] }
+  /**
+   * Once a second, and whenever it changes: how far stretches have come; how much of the log is known here and to all
+   * members below; what the tree has of it; the members below.
+   */
+  | { kind: "alive"; received: number; known: number; revision: number; nodes: string[]; problem?: string | undefined };
+
+export type FromMaster =
+  | { kind: "joined"; node: string; ledger: string; secret: string }
+  | { kind: "called"; node: string }
+  /** Deletions up to `pruned` are forgotten. */
+  | { kind: "stretch"; stretch: Stretch; pruned: number }
+  | { kind: "decided"; id: number; decisions: Decision[] }
+  /** Once a second: the servers that this one has joined, itself the last. */
+  | { kind: "alive"; revision: number; chain: string[] };
+
+/** A change of a member's, from it to where the ledger is. */
+export interface Proposed {
+  origin: string;
+  proposals: Proposal[];
+  answer: (decisions: Decision[]) => void;
+}
+
+// ---------------------------------------------------------------------------------------------------- ends
+
+/** A member that has joined this server, at the other end of a worker's link. */
+export class Down {
+  readonly worker: number;
+  /** Of the link, at that worker. */
+  readonly id: number;
+  readonly node: string;
+  readonly address: string;
+  /** What it has to have before clients are sent to it. */
+  readonly target: number;
+  isLive = false;
+  heardAt = performance.now();
+  /** As it says: see `alive`. */
+  received = 0;
+  known = 0;
+  revision = 0;
+  nodes: string[] = [];
+  problem: string | undefined;
+  /** All up to here was sent; undefined until it has asked. */
+  sent: number | undefined;
+  isBeginning = false;
+  isWithinSnapshot = false;
+
+  constructor(from: Pick<Down, "worker" | "id" | "node" | "address" | "target">) {
+    this.worker = from.worker;
+    this.id = from.id;
+    this.node = from.node;
+    this.address = from.address;
+    this.target = from.target;
+  }
+
+  begin(after: number): void {
+    this.sent = after;
+    this.received = after;
+    this.isWithinSnapshot = false;
+    // Even nothing is an answer: it tells the member that it has all.
+    this.isBeginning = true;
+  }
+}
+
+interface UpOptions {
+  address: Address;
+  token: string | undefined;
+  ca: string | undefined;
+  join: Extract<FromMember, { kind: "join" }>;
+  onJoined: (message: Extract<FromMaster, { kind: "joined" }>) => void;
+  onMessage: (message: FromMaster) => void;
+  onLost: (error: RepriseError) => void;
+}
+
+/** The link to the master, made again whenever it is lost. */
+export class Up {
+  readonly address: Address;
+  readonly name: string;
+  readonly #options: UpOptions;
+  readonly #ended = new AbortController();
+  #connection: Connection | undefined;
+  #isJoined = false;
+  #last = 0;
+  readonly #waiting = new Map<number, Proposed["answer"]>();
+  /** The servers above. */
+  chain: string[] = [];
+  revision = 0;
+  received = 0;
+  problem: string | undefined = "not joined yet";
+
+  constructor(options: UpOptions) {
+    this.#options = options;
+    this.address = options.address;
+    this.name = formatAddress(options.address.host, options.address.port);
+  }
+
+  async run(): Promise<void> {
+    for (let failures = 0; !this.#ended.signal.aborted; failures++) {
+      try {
+        await this.#join();
+      } catch (error) {
+        if (this.#ended.signal.aborted) return;
+        if (!(error instanceof RepriseError)) throw error;
+        if (this.#isJoined) failures = 0;
+        this.#drop();
+        this.#options.onLost(error);
+        const ms = Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** failures);
+        await sleep(ms * (0.75 + Math.random() / 2), this.#ended.signal).catch(() => {});
+      }
+    }
+  }
+
+  read(after: number): void {
+    this.say({ kind: "read", after });
+  }
+
+  propose({ origin, proposals, answer }: Proposed): void {
+    if (!this.#isJoined) return;
+    // Each LINK has as many as fit; the answer is put together again.
+    const groups = inGroups(proposals);
+    const answers: Decision[][] = [];
+    let missing = groups.length;
+    for (const [at, group] of groups.entries()) {
+      const id = ++this.#last;
+      this.#waiting.set(id, (decisions) => {
+        answers[at] = decisions;
+        if (--missing === 0) answer(answers.flat());
+      });
+      this.say({ kind: "propose", id, origin, proposals: group });
+    }
+  }
+
+  onDecided(id: number, decisions: Decision[]): void {
+    this.#waiting.get(id)?.(decisions);
+    this.#waiting.delete(id);
+  }
+
+  say(message: FromMember): void {
+    if (!this.#isJoined) return;
+    const connection = this.#connection!;
+    connection
+      .send(encodeRequest({ action: "link", message }))
+      .then(() => connection.flush())
+      .catch((error) => connection.fail(error));
+  }
+
+  close(): void {
+    this.#ended.abort(new RepriseError("interrupted"));
+    this.#drop();
+  }
+
+  #drop(): void {
+    this.#connection?.close();
+    this.#connection = undefined;
+    this.#isJoined = false;
+    this.#waiting.clear();
+  }
+
+  async #join(): Promise<void> {
+    const { join, onJoined, onMessage } = this.#options;
+    this.#connection = await open({ ...this.#options, ...this.address, signal: this.#ended.signal }, join);
+    for (;;) {
+      const message = readFromMaster(await nextLink(this.#connection));
+      if (message.kind === "joined") {
+        this.#isJoined = true;
+        this.problem = undefined;
+        onJoined(message);
+      } else if (this.#isJoined) onMessage(message);
+      else throw new RepriseError("bad_frame");
+    }
+  }
+}
+
+type OpenOptions = Address & { token: string | undefined; ca: string | undefined; signal?: AbortSignal };
+
+/** Connects to a server, and begins a link. Throws `lost`, `insecure`, and what the server says. */
+async function open(
+  { host, port, tls = false, token, ca, signal }: OpenOptions,
+  first: FromMember,
+): Promise<Connection> {
+  const connection = await connect({
+    host,
+    port,
+    tls,
+    ca,
+    signal,
+    maxLength: MAX_ANSWER_BYTES,
+    timeoutMs: LEASE_MS,
+  });
+  try {
+    const isSafe = tls || isLoopback(connection.peer);
+    if (token !== undefined && !isSafe)
+      throw new RepriseError("insecure", "no token is sent in clear to another machine; use tls:// for it");
+    await connection.send(encodeHello({ flags: DIRECT, ...(token !== undefined && { token }) }));
+    await connection.send(encodeRequest({ action: "link", message: first }));
+    await connection.flush();
+    const frame = await connection.next();
+    if (!frame) throw new RepriseError("lost", `${formatAddress(host, port)} closed the connection`);
+    const answer = decodeAnswer(frame);
+    if (answer.type === "error") throw answer.error;
+    if (answer.type !== "welcome") throw new RepriseError("bad_frame");
+    return connection;
+  } catch (error) {
+    connection.close();
+    throw error;
+  }
+}
+
+async function nextLink(connection: Connection): Promise<{ [name: string]: unknown }> {
+  for (;;) {
+    const frame = await connection.next();
+    if (!frame) throw new RepriseError("lost", "the other server closed the link");
+    const answer = decodeAnswer(frame);
+    if (answer.type === "error") throw answer.error;
+    if (answer.type === "wait") continue;
+    if (answer.type !== "link") throw new RepriseError("bad_frame");
+    return answer.message;
+  }
+}
+
+/** Asks who is at an address. Throws `refused` where that is not `node`, and as `open`. */
+export async function call({ node, ...options }: OpenOptions & { node: string }): Promise<void> {
+  const connection = await open(options, { kind: "call", node });
+  try {
+    const message = readFromMaster(await nextLink(connection));
+    if (message.kind !== "called" || message.node !== node) throw new RepriseError("bad_frame");
+  } finally {
+    connection.close();
+  }
+}
+
+/** As many of a stretch's records as fit into a frame. */
+export function cut(stretch: Stretch): Stretch {
+  let characters = 0;
+  const end = stretch.records.findIndex(({ path }) => {
+    characters += 200 + JSON.stringify(path).length;
+    return characters > STRETCH_CHARACTERS;
+  });
+  if (end <= 0) return stretch;
+  const records = stretch.records.slice(0, end);
+  return { ...stretch, records, revision: records.at(-1)!.revision, ...(stretch.snapshot && { snapshot: "part" }) };
+}
+
+function inGroups(proposals: Proposal[]): Proposal[][] {
+  const groups: Proposal[][] = [];
+  let room = 0;
+  for (const proposal of proposals) {
+    const characters = 200 + JSON.stringify(proposal.path).length;
+    if (room < characters) {
+      groups.push([]);
+      room = PROPOSED_CHARACTERS;
+    }
+    groups.at(-1)!.push(proposal);
+    room -= characters;
+  }
+  return groups;
+}
+
+// ---------------------------------------------------------------------------------------------------- reading
+
+type Fields = { [name: string]: unknown };
+
+/** Throws `bad_frame`. */
+export function readFromMember(message: Fields): FromMember {
+  const { kind } = message;
+  const isRight =
+    (kind === "join" &&
+      all(isText, message.node, message.host, message.secret) &&
+      isCount(message.version, message.port)) ||
+    (kind === "call" && isText(message.node)) ||
+    (kind === "read" && isCount(message.after)) ||
+    (kind === "propose" && isCount(message.id) && isText(message.origin) && isList(message.proposals, isProposal)) ||
+    (kind === "alive" &&
+      isCount(message.received, message.known, message.revision) &&
+      isList(message.nodes, isText) &&
+      (message.problem === undefined || isText(message.problem)));
+  if (!isRight) throw bad(kind);
+  return message as FromMember;
+}
+
+/** Throws `bad_frame`. */
+export function readFromMaster(message: Fields): FromMaster {
+  const { kind } = message;
+  const isRight =
+    (kind === "joined" && all(isText, message.node, message.ledger, message.secret)) ||
+    (kind === "called" && isText(message.node)) ||
+    (kind === "stretch" && isCount(message.pruned) && isStretch(message.stretch)) ||
+    (kind === "decided" && isCount(message.id) && isList(message.decisions, isDecision)) ||
+    (kind === "alive" && isCount(message.revision) && isList(message.chain, isText));
+  if (!isRight) throw bad(kind);
+  return message as FromMaster;
+}
+
+function isStretch(value: unknown): boolean {
+  const { after, revision, records, snapshot } = value as Stretch;
+  return isCount(after, revision) && isList(records, isRecord) && [undefined, "part", "complete"].includes(snapshot);
+}
+
+function isRecord(value: unknown): boolean {
+  const { path, revision, origin, over } = value as Record;
+  return isPath(path) && isCount(revision) && isVersion(value) && isText(origin) && isText(over);
+}
+
+function isProposal(value: unknown): boolean {
+  const { path, base, version } = value as Proposal;
+  return isPath(path) && isCount(base) && isVersion(version);
+}
+
+function isVersion(value: unknown): boolean {
+  const { kind, size, mtime, sha256 } = value as Version;
+  if (!isCount(size) || !Number.isSafeInteger(mtime)) return false;
+  return kind === "file" ? /^[0-9a-f]{64}$/.test(sha256) : (kind === "folder" || kind === "gone") && sha256 === "";
+}
+
+function isDecision(value: unknown): boolean {
+  const { revision, refusedFor } = value as { revision?: unknown; refusedFor?: unknown };
+  return isCount(revision ?? refusedFor);
+}
+
+/** A name that a client may give, too: see `splitPath`. */
+function isPath(value: unknown): boolean {
+  if (typeof value !== "string" || value === "") return false;
+  try {
+    return !splitPath(value).some(isHidden);
+  } catch {
+    return false;
+  }
+}
+
+function isText(value: unknown): boolean {
+  return typeof value === "string" && value.length <= 1000;
+}
+
+function isCount(...values: unknown[]): boolean {
+  return values.every((value) => Number.isSafeInteger(value) && (value as number) >= 0);
+}
+
+function isList(value: unknown, isItem: (item: unknown) => boolean): boolean {
+  return (
+    Array.isArray(value) &&
+    value.every((item) => (item !== null && typeof item === "object") || isText(item)) &&
+    value.every(isItem)
+  );
+}
+
+function all(isRight: (value: unknown) => boolean, ...values: unknown[]): boolean {
+  return values.every(isRight);
+}
+
+function bad(kind: unknown): RepriseError {
+  return new RepriseError(
+    "bad_frame",
+    `not the reprise protocol: a LINK of kind ${JSON.stringify(kind)?.slice(0, 40)}`,
+  );
+}
