@@ -85,7 +85,10 @@ export function hasSameContent(a: Version, b: Version): boolean {
 export function decide(current: Record | undefined, { base, version }: Proposal): Decision | undefined {
   if (!current) return version.kind === "gone" ? { revision: 0 } : undefined;
   if (isSame(current, version)) return { revision: current.revision };
-  if (current.revision === base || current.kind === "gone") return undefined;
+  if (current.revision === base) return undefined;
+  // Of just what was deleted it is no change: somebody says again what the deletion knew.
+  const isKnown = version.kind === "file" && version.sha256 === current.over;
+  if (current.kind === "gone" && !isKnown) return undefined;
   return { refusedFor: current.revision };
 }
 
