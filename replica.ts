@@ -45,8 +45,8 @@ export interface State {
   cursor: number;
   /** The ledger can be asked. */
   online: boolean;
-  /** Of a snapshot that is coming: the paths that it has. */
-  snapshot: Set<string> | undefined;
+  /** Of a snapshot that is coming: how far it has come, and the paths that it has. */
+  snapshot: { upTo: number; paths: Set<string> } | undefined;
 }
 
 export type Event =
@@ -134,18 +134,19 @@ function onSeen(state: State, { path, version, etag }: Extract<Event, { kind: "s
 
 function onStretch(state: State, { after, revision, records, snapshot }: Stretch): Effect[] {
   // One that begins further on has lost something before it, on the way.
-  if (snapshot && after === 0) state.snapshot = new Set();
-  const isExpected = snapshot ? state.snapshot !== undefined : after <= state.cursor;
-  if (!isExpected) return [{ kind: "read", after: state.cursor }];
+  if (snapshot && after === 0) state.snapshot = { upTo: 0, paths: new Set() };
+  const reached = snapshot ? state.snapshot?.upTo : state.cursor;
+  if (reached === undefined || after > reached) return [{ kind: "read", after: state.cursor }];
   const effects = records.flatMap((record) => onRecord(state, record));
   if (!snapshot) state.cursor = Math.max(state.cursor, revision);
+  else state.snapshot!.upTo = Math.max(state.snapshot!.upTo, revision);
   if (snapshot === "complete") effects.push(...onSnapshot(state, revision));
   return effects;
 }
 
 function onRecord(state: State, record: Record): Effect[] {
   const { path, revision } = record;
-  state.snapshot?.add(path);
+  state.snapshot?.paths.add(path);
   const entry = state.entries.get(path) ?? fresh(path);
   if (revision <= Math.max(entry.base, entry.target?.revision ?? 0)) return [];
   // Our own proposal, whose answer is still on its way or was lost: the tree may have changed since.
@@ -162,7 +163,7 @@ function onRecord(state: State, record: Record): Effect[] {
 
 /** What was known and is not in the log any more was deleted, so long ago that the deletion is forgotten. */
 function onSnapshot(state: State, revision: number): Effect[] {
-  const mentioned = state.snapshot!;
+  const mentioned = state.snapshot!.paths;
   state.snapshot = undefined;
   const effects: Effect[] = [];
   for (const path of [...state.entries.based()]) {
