@@ -676,6 +676,7 @@ class Keeper {
     clearTimeout(this.#publishTimer);
     this.#publishTimer = undefined;
     send({ worker: 0, cluster: this.#cluster });
+    this.#sayAlive();
   }
 
   get #cluster(): ClusterState {

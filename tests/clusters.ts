@@ -47,7 +47,12 @@ export async function startCluster(options: ClusterOptions = {}): Promise<Cluste
     const name = String.fromCharCode(65 + nodes.length);
     const root = join(folder.path, name);
     writeTree(root, { "./": "", ...content });
-    const node = await startNode(name, root, [...args, ...(master ? ["--join", master.server.address] : []), ...more], env);
+    const node = await startNode(
+      name,
+      root,
+      [...args, ...(master ? ["--join", master.server.address] : []), ...more],
+      env,
+    );
     nodes.push(node);
     return node;
   };

@@ -43,6 +43,7 @@ export interface LogLine {
   worker?: number;
   token?: string;
   path?: string;
+  to?: string;
   offset?: number;
   bytes?: number;
   ms?: number;
