@@ -193,7 +193,7 @@ class Keeper {
       else stale.push(finding.path);
     }
     this.#take(events);
-    if (stale.length > 0) void this.#observer.examine(stale, false);
+    if (stale.length > 0) void this.#observer.examine(stale);
   }
 
   /** All of them, or none, become part of the index; what is to be done about them is begun afterwards. */

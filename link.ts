@@ -148,6 +148,7 @@ export class Up {
   }
 
   read(after: number): void {
+    this.received = after;
     this.say({ kind: "read", after });
   }
 

@@ -90,7 +90,9 @@ export class Placer {
       const name = number === 1 ? to : numbered(to, number);
       const [outcome] = await this.#options.changes.apply([{ action: "aside", path, etag, to: name }]);
       if (outcome instanceof RepriseError && outcome.code === "exists") continue;
-      if (outcome instanceof RepriseError) this.#problems.set(path, outcome.message);
+      const isProblem =
+        outcome instanceof RepriseError && !UNEXPECTED.has(outcome.code) && outcome.code !== "not_found";
+      if (isProblem) this.#problems.set(path, outcome.message);
       else this.#problems.delete(path);
       return this.#options.examine([path, name]);
     }

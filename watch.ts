@@ -8,7 +8,7 @@
 import { type FSWatcher, watch } from "node:fs";
 import type { Index } from "./index.ts";
 import { FOLDER, GONE, type Version } from "./ledger.ts";
-import { type Entry as Listed, RepriseError } from "./protocol.ts";
+import { type Entry as Listed, type Meta, RepriseError } from "./protocol.ts";
 import { isHidden, type Root } from "./storage.ts";
 
 /** Of a file that is read to be hashed. */
@@ -19,13 +19,15 @@ const SCAN_MS = 3600 * 1000;
 /** Findings that are handed on together. */
 const MAX_FOUND = 500;
 
+const UNKNOWN = Symbol("unknown");
+
 export interface Finding {
   path: string;
   version: Version;
   etag: string;
 }
 
-/** Compares a tree with the index, one round after the other. */
+/** Compares a tree with the index. */
 export class Observer {
   readonly #root: Root;
   readonly #index: Index;
@@ -37,11 +39,6 @@ export class Observer {
   #timer: Timer | undefined;
   #scanTimer: Timer | undefined;
   #found: Finding[] = [];
-  /** Rounds take turns: those that somebody waits for go before the others. */
-  readonly #urgent: (() => Promise<void>)[] = [];
-  readonly #usual: (() => Promise<void>)[] = [];
-  #isWorking = false;
-
   constructor(
     root: Root,
     index: Index,
@@ -67,21 +64,15 @@ export class Observer {
   }
 
   /** Looks at these paths, and at all that is below them; resolves when it is taken in. */
-  examine(paths: Iterable<string>, isUrgent = true): Promise<void> {
-    return new Promise((resolve) => {
-      const work = async () => {
-        for (const path of paths) await this.#examineOne(path).catch(this.#onError);
-        this.#handOn();
-        resolve();
-      };
-      (isUrgent ? this.#urgent : this.#usual).push(work);
-      this.#work();
-    });
+  async examine(paths: Iterable<string>): Promise<void> {
+    for (const path of paths) await this.#examineOne(path).catch(this.#onError);
+    this.#handOn();
   }
 
   /** Whether what was found is what the tree has now. */
   isStill({ path, version, etag }: Finding): boolean {
     const there = this.#look(path);
+    if (there === UNKNOWN) return false;
     return (there?.kind ?? "gone") === version.kind && (there?.etag ?? "") === etag;
   }
 
@@ -92,7 +83,7 @@ export class Observer {
   }
 
   #scan(): Promise<void> {
-    return this.examine([""], false);
+    return this.examine([""]);
   }
 
   /** An event without a name: the kernel lost count. */
@@ -104,30 +95,14 @@ export class Observer {
       this.#timer = undefined;
       const paths = this.#gathered;
       this.#gathered = new Set();
-      this.examine(paths, false);
+      this.examine(paths);
     }, GATHER_MS);
-  }
-
-  async #work(): Promise<void> {
-    if (this.#isWorking) return;
-    this.#isWorking = true;
-    for (let work = this.#next(); work; work = this.#next()) await work();
-    this.#isWorking = false;
-  }
-
-  #next(): (() => Promise<void>) | undefined {
-    return this.#urgent.shift() ?? this.#usual.shift();
-  }
-
-  /** Between two files of a long round, somebody who waits gets a turn. */
-  async #letOthersBy(): Promise<void> {
-    if (this.#found.length >= MAX_FOUND) this.#handOn();
-    for (let work = this.#urgent.shift(); work; work = this.#urgent.shift()) await work();
   }
 
   async #examineOne(path: string): Promise<void> {
     const there = path === "" ? ({ kind: "folder" } as const) : this.#look(path);
     const known = path === "" ? undefined : this.#index.get(path);
+    if (there === UNKNOWN) return;
     if (there?.kind === "file") {
       if (known?.seen.kind !== "file" || known.etag !== there.etag) await this.#hash(path);
       if (known?.seen.kind === "folder") this.#reportGoneBelow(path, new Set());
@@ -176,12 +151,12 @@ export class Observer {
     if (this.#index.isSeen(path, kind, etag)) return;
     if (kind === "folder") this.#report(path, FOLDER, "");
     else await this.#hash(path);
-    await this.#letOthersBy();
+    if (this.#found.length >= MAX_FOUND) this.#handOn();
   }
 
   #reportGoneBelow(folder: string, seen: Set<string>): void {
     for (const { path, seen: version } of this.#index.below(folder)) {
-      if (version.kind !== "gone" && !seen.has(path) && !this.#look(path)) this.#report(path, GONE, "");
+      if (version.kind !== "gone" && !seen.has(path) && this.#look(path) === undefined) this.#report(path, GONE, "");
     }
   }
 
@@ -198,12 +173,12 @@ export class Observer {
     }
   }
 
-  /** Links and devices are nobody's business. */
-  #look(path: string) {
+  /** Only what is certainly not there is gone: not what may not be looked at, nor a link that has taken a name. */
+  #look(path: string): Meta | undefined | typeof UNKNOWN {
     try {
       return this.#root.look(path);
     } catch (error) {
-      if (error instanceof RepriseError && error.code !== "failed") return undefined;
+      if (error instanceof RepriseError && error.code !== "failed") return UNKNOWN;
       throw error;
     }
   }
