@@ -556,7 +556,7 @@ function readEntry(
   if (name.includes(REPLACEMENT) && !isUtf8(records.subarray(start, end))) return undefined;
   const stat = calls.statAt(folder, records, start);
   // Such calls are known to be forbidden to containers.
-  if (stat === -Errno.ENOSYS || stat === -Errno.EPERM) return level.note(name, entryAt(folder, name, prefix));
+  if (stat === -Errno.ENOSYS || stat === -Errno.EPERM) return level.note(name, entryAt(folder, name, level));
   if (typeof stat === "number") return unlessGone(-stat, prefix + name);
   const entry = entryOf(stat, prefix + name);
   if (entry?.kind === "file" && level.etags) entry.etag = etagOf(calls.identity());
@@ -577,16 +577,16 @@ function* lookUpEntries(folder: number, names: string[], level: Level): Generato
   const seen = new Set<string>();
   for (const name of names) {
     if (seen.has(name) || !isShown(name, prefix)) yield undefined;
-    else yield level.note(name, entryAt(folder, name, prefix));
+    else yield level.note(name, entryAt(folder, name, level));
     if (name.includes(REPLACEMENT)) seen.add(name);
   }
   level.position = undefined;
 }
 
-function entryAt(folder: number, name: string, prefix: string): Entry | undefined {
+function entryAt(folder: number, name: string, { prefix, etags }: Level): Entry | undefined {
   try {
     const { kind, size, mtime, etag } = metaOf(lstatSync(`${beneath(folder)}/${name}`, { bigint: true }), name);
-    return { kind, size, mtime, etag, path: prefix + name };
+    return { kind, size, mtime, path: prefix + name, ...(etags && kind === "file" && { etag }) };
   } catch (error) {
     if (error instanceof RepriseError) return undefined;
     return unlessGone(errorNumber(error), prefix + name);
