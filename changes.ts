@@ -51,7 +51,7 @@ import {
   splitPath,
   UNKNOWN_SIZE,
 } from "./protocol.ts";
-import { errorCode, etagOf, isHidden, locateIn, metaOf, beneath as pathOf } from "./storage.ts";
+import { type Etags, errorCode, etagOf, isHidden, join, locateIn, metaOf, beneath as pathOf } from "./storage.ts";
 
 const STAGING = ".reprise";
 const NEW_FLAGS = constants.O_RDWR | constants.O_CREAT | constants.O_EXCL | constants.O_NOFOLLOW;
@@ -90,6 +90,8 @@ export interface ChangesOptions {
   wrap?: Wrap;
   /** Whether anybody wants to know the etag of what was put. */
   versions?: boolean;
+  /** What clients know the versions by that are to be replaced; undefined for the storage's own. */
+  etags?: Etags | undefined;
   /** Bytes of the largest file that is taken; undefined for any. */
   maxUpload?: number | undefined;
   /** Bytes that uploads leave free on the file system; 0 does not look. */
@@ -99,13 +101,13 @@ type Wrap = (error: unknown, path: string) => RepriseError;
 
 /** A root that can be written, made if it is not there. Throws system errors. */
 export function openChanges(root: string, options: ChangesOptions = {}): Changes {
-  const { staging = STAGING, wrap = errorOf, versions = true, maxUpload = UNKNOWN_SIZE, keepFree = 0 } = options;
+  const { staging = STAGING, wrap = errorOf, versions = true, etags, maxUpload = UNKNOWN_SIZE, keepFree = 0 } = options;
   mkdirSync(`${root}/${staging}`, { mode: 0o700, recursive: true });
   const flags = constants.O_RDONLY | constants.O_DIRECTORY;
   const rootFd = openSync(root, flags);
   const stagingFd = openSync(`${root}/${staging}`, flags | constants.O_NOFOLLOW);
   const limits = { maxBytes: maxUpload, room: keepFree > 0 ? new Room(stagingFd, keepFree) : undefined };
-  return new Changes(rootFd, stagingFd, wrap, versions, limits);
+  return new Changes(rootFd, stagingFd, wrap, versions, etags, limits);
 }
 
 export class Changes {
@@ -116,6 +118,7 @@ export class Changes {
   readonly #inMemory: boolean;
   readonly #wrap: Wrap;
   readonly #versions: boolean;
+  readonly #etags: Etags | undefined;
   readonly #limits: Limits;
   /** The folder in the root that this is about; "" for itself. */
   readonly #folder: string;
@@ -127,11 +130,13 @@ export class Changes {
     staging: number,
     wrap: Wrap,
     versions: boolean,
+    etags: Etags | undefined,
     limits: Limits,
     beneath?: { folder: string; lock: number },
   ) {
     this.#wrap = wrap;
     this.#versions = versions;
+    this.#etags = etags;
     this.#limits = limits;
     this.#root = root;
     this.#stagingFd = staging;
@@ -145,7 +150,7 @@ export class Changes {
   /** One of its folders as a root of its own, as that of `Root`, staged where all is. Not to be closed. */
   beneath(folder: string): Changes {
     const below = { folder, lock: this.#lock };
-    return new Changes(this.#root, this.#stagingFd, this.#wrap, this.#versions, this.#limits, below);
+    return new Changes(this.#root, this.#stagingFd, this.#wrap, this.#versions, this.#etags, this.#limits, below);
   }
 
   /**
@@ -311,7 +316,7 @@ export class Changes {
   #check(put: Put): Stats | undefined {
     const folders = new Folders(this.#root, this.#folder);
     try {
-      return checkTarget(put, folders.parentOf(put.path).path);
+      return this.#checkTarget(put, folders.parentOf(put.path).path);
     } catch (error) {
       // They are made with the file, under the lock, and synced.
       if (put.parents && error instanceof RepriseError && error.code === "not_found") return undefined;
@@ -321,12 +326,33 @@ export class Changes {
     }
   }
 
+  /** Whether an upload may take the name. Throws `not_a_file`, `exists`, `changed`, `refused`. */
+  #checkTarget({ path, noClobber, etag }: Put, place: string): Stats {
+    const target = lookAt(place);
+    if (target?.isDirectory()) throw notAFile(path);
+    // A link or device is not ours to replace.
+    if (target) metaOf(target, path);
+    if (target && noClobber) throw exists(path);
+    if (etag !== "" && (!target || this.#etagOf(target, path) !== etag)) {
+      throw new RepriseError(
+        "changed",
+        `changed on the server: ${quote(path)} is not the version that was to be replaced`,
+      );
+    }
+    return target;
+  }
+
+  #etagOf(stat: NonNullable<Stats>, path: string): string {
+    const etag = etagOf(stat);
+    return this.#etags ? this.#etags.of(join(this.#folder, path), etag) : etag;
+  }
+
   #place(upload: Upload, folders: Folders): Meta {
     const { request, staged, fd } = upload;
     if (request.parents) this.#makeParents(request.path, folders);
     const place = folders.parentOf(request.path);
     if (request.etag !== "" || !renameIfNew(staged, place)) {
-      const target = checkTarget(request, place.path);
+      const target = this.#checkTarget(request, place.path);
       // Who may read a file does not change with its content.
       if (target) fchmodSync(fd, Number(target.mode) & 0o777);
       renameSync(staged.path, place.path);
@@ -739,22 +765,6 @@ function lookAt(place: string) {
 /** Of the file that an upload is to become: all, or what the server is said to hold already. */
 function bytesKnownOf({ size, offset }: Put): number {
   return size === UNKNOWN_SIZE ? offset : size;
-}
-
-/** Whether an upload may take the name. Throws `not_a_file`, `exists`, `changed`, `refused`. */
-function checkTarget({ path, noClobber, etag }: Put, place: string): Stats {
-  const target = lookAt(place);
-  if (target?.isDirectory()) throw notAFile(path);
-  // A link or device is not ours to replace.
-  if (target) metaOf(target, path);
-  if (target && noClobber) throw exists(path);
-  if (etag !== "" && (!target || etagOf(target) !== etag)) {
-    throw new RepriseError(
-      "changed",
-      `changed on the server: ${quote(path)} is not the version that was to be replaced`,
-    );
-  }
-  return target;
 }
 
 /** Throws `changed` where there is another version than that; a folder has none. */

@@ -29,7 +29,7 @@ export interface LogFields {
   /** The name of a token. */
   token?: string | undefined;
   path?: string | undefined;
-  /** The new path, of a move. */
+  /** The new path, of a move; or the server that a client was sent to. */
   to?: string | undefined;
   offset?: number | undefined;
   bytes?: number | undefined;

@@ -10,9 +10,14 @@
  *
  * The process that is started touches no client. It is the supervisor: it finds the port, starts the workers, which all
  * listen on it (the kernel spreads the connections), starts a worker again that dies, and hands signals on. A worker
- * runs one `Session` for each connection: see session.ts.
+ * runs one `Session` for each connection: see session.ts. With others in a cluster there is one process more, the keeper,
+ * to which workers speak through the supervisor: see hub.ts.
+ *
+ * ```sh
+ * bun server.ts other_root --port 2122 --join 127.0.0.1:2121     # the same files, and some of the clients
+ * ```
  */
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Subprocess, TCPSocketListener } from "bun";
 import { Admission, Gate, type Question, type Reply, type Verdict } from "./admission.ts";
@@ -30,6 +35,16 @@ import {
   usage,
 } from "./command.ts";
 import { accept, type Connection, formatAddress, isLoopback, listen } from "./connection.ts";
+import {
+  addressOf,
+  type ForWorker,
+  type FromWorker,
+  Hub,
+  KeeperHost,
+  type KeeperSettings,
+  LEDGER,
+  Restarts,
+} from "./hub.ts";
 import { log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
 import { DEFAULT_PORT, encodeError, MAX_HELLO_BYTES, quote, RepriseError } from "./protocol.ts";
@@ -39,10 +54,6 @@ import { openFolder } from "./storage.ts";
 import { notify, notifyReloading } from "./systemd.ts";
 import { Tokens, token } from "./tokens.ts";
 
-/** The wait before a worker that lived shorter than this is started again: none at first, then this, doubled each time. */
-const YOUNG_MS = 1_000;
-const FIRST_RESTART_MS = 50;
-const LAST_RESTART_MS = 1_000;
 /** After so many in a row that did not come to listen, the supervisor gives up. */
 const MAX_FAILED_STARTS = 5;
 /** How long all workers together may take to listen. */
@@ -68,11 +79,14 @@ type Order = "drain" | "stop" | { secrets: Secrets };
 
 /** Serves until a signal comes or the supervisor is gone, once that has said with which secrets. */
 function work(settings: Settings): void {
+  const hub = new Hub(settings, (message) => process.send?.(message));
+  const etags = hub.versions;
   const worker: Worker = {
     settings,
-    root: openFolder(settings.root),
-    changes: settings.writable ? openChanges(settings.root, settings) : undefined,
+    root: openFolder(settings.root, etags),
+    changes: settings.writable ? openChanges(settings.root, { ...settings, etags }) : undefined,
     gate: new Gate((question) => process.send?.(question)),
+    hub,
     tokens: undefined,
     certificate: undefined,
     sessions: new Set(),
@@ -92,11 +106,11 @@ function work(settings: Settings): void {
     worker.root.close();
     process.exit(0);
   };
-  // A signal to the whole group comes here as well as to the supervisor: only what it then says counts.
-  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
-  process.on("message", (message: Order | Reply) => {
+  ignoreSignals();
+  process.on("message", (message: Order | Reply | ForWorker) => {
     if (message === "stop") return stopNow();
     if (message === "drain") return void drain(worker, listener, stopNow);
+    if ("kind" in message) return hub.onMessage(message);
     if ("reply" in message) return worker.gate.onReply(message);
     const { tokens, certificate } = message.secrets;
     worker.tokens = tokens && new Tokens(tokens);
@@ -107,6 +121,11 @@ function work(settings: Settings): void {
   });
   // The supervisor is gone, however it ended.
   process.on("disconnect", stopNow);
+}
+
+/** A signal to the whole group comes here as well as to the supervisor: only what that then says counts. */
+function ignoreSignals(): void {
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
 }
 
 function startToListen(worker: Worker): TCPSocketListener<Connection> {
@@ -181,6 +200,7 @@ async function drain(
   const none = () => worker.sessions.size + worker.entering === 0;
   await waitUntil(none, worker.settings.graceMs);
   worker.stopping = true;
+  worker.hub.stop();
   await waitUntil(none, STOP_MS);
   stopNow();
 }
@@ -191,7 +211,23 @@ async function waitUntil(condition: () => boolean, ms: number): Promise<void> {
   while (!condition() && performance.now() < end) await Bun.sleep(Math.min(100, end - performance.now()));
 }
 
+// ---------------------------------------------------------------------------------------------------- keeper
+
+/** Until the supervisor says "stop", or is gone. What is to be done at the end belongs into process.on("exit"). */
+async function keepUp(settings: KeeperSettings): Promise<void> {
+  ignoreSignals();
+  const stopNow = () => process.exit(0);
+  process.on("message", (message) => message === "stop" && stopNow());
+  process.on("disconnect", stopNow);
+  const { keep } = await import("./cluster.ts");
+  keep(settings);
+  process.send?.("ready");
+}
+
 // ---------------------------------------------------------------------------------------------------- supervisor
+
+/** What only the keeper has to know. */
+type Membership = Pick<KeeperSettings, "join" | "advertise" | "token" | "ca">;
 
 /** Starts the workers and keeps them going until a signal comes; resolves with the exit status. */
 class Supervisor {
@@ -200,16 +236,23 @@ class Supervisor {
   readonly #workers = new Map<number, Subprocess>();
   readonly #done = Promise.withResolvers<number>();
   readonly #admission: Admission;
+  readonly #keeper: KeeperHost;
+  readonly #restarts = new Restarts();
   #stopping = false;
   #isReady = false;
   /** What the service manager was told last has been sent. */
   #told: Promise<void> | undefined;
-  #youngDeaths = 0;
   #failedStarts = 0;
 
   /** Throws as `readSecrets`. */
-  constructor(settings: Omit<Settings, "worker">) {
+  constructor(settings: Omit<Settings, "worker">, membership: Membership) {
     this.#settings = settings;
+    const { root, host, tls, keepFree, log } = settings;
+    this.#keeper = new KeeperHost(
+      import.meta.path,
+      () => ({ root, host, port: settings.port, tls: tls !== undefined, keepFree, log, ...membership }),
+      (worker, message) => this.#tellOf(worker, message),
+    );
     this.#secrets = readSecrets(settings);
     this.#admission = new Admission(settings);
   }
@@ -223,8 +266,10 @@ class Supervisor {
     const started = numbers.map((number) => this.#start(number));
     const ready = await Promise.race([Promise.all(started), Bun.sleep(START_MS).then(() => [false])]);
     holder.stop(true);
-    if (!this.#stopping && ready.every(Boolean)) await this.#announce();
-    else this.#giveUp("a worker did not start");
+    if (!this.#stopping && ready.every(Boolean)) {
+      if (this.#settings.clustered) this.#keeper.start();
+      await this.#announce();
+    } else this.#giveUp("a worker did not start");
     const status = await this.#done.promise;
     await Promise.race([this.#told, Bun.sleep(STOP_MS)]);
     return status;
@@ -244,7 +289,7 @@ class Supervisor {
         REPRISE_WORKER: JSON.stringify({ ...this.#settings, worker: number }),
       },
       stdio: ["ignore", "inherit", "inherit"],
-      ipc: (message: "ready" | Question, child) => {
+      ipc: (message: "ready" | Question | FromWorker, child) => {
         if (message !== "ready") return this.#answer(number, child, message);
         listened = true;
         resolve(true);
@@ -253,20 +298,32 @@ class Supervisor {
         resolve(false);
         this.#workers.delete(number);
         this.#admission.forget(number);
+        this.#keeper.workerEnded(number);
         this.#onDeath(number, performance.now() - startedAt, listened);
       },
     });
     this.#workers.set(number, child);
+    const { cluster } = this.#keeper;
+    if (cluster) tell(child, { kind: "cluster", cluster });
     tell(child, { secrets: this.#secrets });
     if (this.#stopping) child.kill("SIGKILL");
     return promise;
   }
 
-  #answer(number: number, child: Subprocess, question: Question): void {
+  #answer(number: number, child: Subprocess, question: Question | FromWorker): void {
     // What one that has ended still had to say is forgotten with it.
     if (this.#workers.get(number) !== child) return;
+    if (question.kind === "next" || question.kind === "keeper") {
+      this.#keeper.onWorker(number, question);
+      return;
+    }
     const reply = this.#admission.answer(number, question);
     if (reply) tell(child, reply);
+  }
+
+  /** Of the cluster: a worker, or all of them. */
+  #tellOf(number: number, message: ForWorker): void {
+    for (const [each, child] of this.#workers) if (number === 0 || number === each) tell(child, message);
   }
 
   /** Every worker takes them in between two connections: none is refused meanwhile, none is cut. */
@@ -301,14 +358,14 @@ class Supervisor {
 
   async #onDeath(number: number, livedMs: number, listened: boolean): Promise<void> {
     if (this.#stopping) {
-      if (this.#workers.size === 0) this.#done.resolve(0);
+      if (this.#workers.size === 0) this.#finish();
       return;
     }
     this.#failedStarts = listened ? 0 : this.#failedStarts + 1;
     if (this.#failedStarts >= MAX_FAILED_STARTS) return this.#giveUp("workers do not come to listen");
     log({ ...this.#settings, worker: number }, { event: "worker", status: "restarted" });
-    this.#youngDeaths = livedMs < YOUNG_MS ? this.#youngDeaths + 1 : 0;
-    if (this.#youngDeaths > 1) await Bun.sleep(Math.min(LAST_RESTART_MS, FIRST_RESTART_MS * 2 ** this.#youngDeaths));
+    const delayMs = this.#restarts.delayAfter(livedMs);
+    if (delayMs > 0) await Bun.sleep(delayMs);
     if (!this.#stopping) await this.#start(number);
   }
 
@@ -318,9 +375,16 @@ class Supervisor {
     if (!again) this.#told = notify("STOPPING=1");
     const order: Order = signal === "SIGINT" || again ? "stop" : "drain";
     for (const child of this.#workers.values()) tell(child, order);
-    if (this.#workers.size === 0) this.#done.resolve(0);
+    this.#keeper.drain();
+    if (this.#workers.size === 0) this.#finish();
     // A worker that hangs is not waited for.
     setTimeout(() => this.#kill(), order === "stop" ? STOP_MS : this.#settings.graceMs + 2 * STOP_MS);
+  }
+
+  /** The workers are gone, and needed the keeper until then. */
+  async #finish(): Promise<void> {
+    await this.#keeper.stop(STOP_MS);
+    this.#done.resolve(0);
   }
 
   #giveUp(why: string): void {
@@ -332,6 +396,7 @@ class Supervisor {
 
   #kill(): void {
     for (const child of this.#workers.values()) child.kill("SIGKILL");
+    this.#keeper.kill();
     this.#done.resolve(0);
   }
 
@@ -353,7 +418,7 @@ function whoMay({ host, tokens, tls, writable, anonymousWrite }: Omit<Settings, 
 }
 
 /** A worker that can't be told any more is ended without. */
-function tell(child: Subprocess, message: Order | Reply): void {
+function tell(child: Subprocess, message: Order | Reply | ForWorker): void {
   try {
     child.send(message);
   } catch {
@@ -405,6 +470,14 @@ export const main = command({
     tokens: { type: "string", valueHint: "file", description: "Who may do what; see the command token" },
     "tls-cert": { type: "string", valueHint: "file", description: "Speak TLS: certificate and its chain, PEM" },
     "tls-key": { type: "string", valueHint: "file", description: "The certificate's key, PEM" },
+    join: { type: "string", valueHint: "host:port", description: "Share the files of that server, and its clients" },
+    advertise: {
+      type: "string",
+      valueHint: "host:port",
+      description: "Where clients reach this server, if not at --host",
+    },
+    "token-file": { type: "string", valueHint: "file", description: "For --join: a replica token (or REPRISE_TOKEN)" },
+    ca: { type: "string", valueHint: "file", description: "PEM: trust these issuers of other servers (or REPRISE_CA)" },
     "max-connections": {
       type: "string",
       default: "4096",
@@ -454,10 +527,11 @@ export const main = command({
   subCommands: { token },
   async run({ args }) {
     const settings = settingsFrom(args as unknown as Args);
+    const membership = await membershipFrom(args as unknown as Args);
     openFolder(settings.root).close();
     if (settings.writable) checkWritable(settings.root);
     try {
-      process.exitCode = await new Supervisor(settings).run();
+      process.exitCode = await new Supervisor(settings, membership).run();
     } catch (error) {
       if (!(error instanceof PortTaken)) throw error;
       say("error", error.message);
@@ -488,6 +562,7 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
   return {
     workers,
     root: String(args.root),
+    clustered: args.join !== undefined || existsSync(`${args.root}/${LEDGER}`),
     host: String(args.host),
     port: numberOption(args, "port", { min: 0, max: 65_535 }),
     ...connectionsOf(args, workers),
@@ -515,6 +590,47 @@ function accessFrom(args: Args): Pick<Settings, "writable" | "anonymousWrite" | 
   return { writable, anonymousWrite, tokens, tls: cert && key ? { cert, key } : undefined };
 }
 
+/** What is said of a cluster. The client's part that reads it is loaded where it is needed, and by no worker. */
+async function membershipFrom(args: Args): Promise<Membership> {
+  const { join, advertise } = args as { join?: string; advertise?: string };
+  if (join === undefined && args["token-file"] !== undefined) throw usage("--token-file is for --join");
+  const { credentialsOf } = await import("./context.ts");
+  // Without a server to join, a token in the environment is somebody else's.
+  const { token, ca } = join === undefined && !args.ca && !process.env.REPRISE_CA ? {} : credentialsOf(args);
+  return {
+    join: join === undefined ? undefined : await serverToJoin(join),
+    advertise: advertise === undefined ? undefined : checkAdvertised(advertise),
+    token: join === undefined ? undefined : token,
+    ca,
+  };
+}
+
+async function serverToJoin(text: string): Promise<string> {
+  const { parseServers } = await import("./remote.ts");
+  const wrong = usage(`--join takes host:port, not ${quote(text)}`);
+  try {
+    const [server, ...others] = parseServers(text);
+    if (!server || others.length > 0 || isEverywhere(server.host)) throw wrong;
+    return `${server.tls ? "tls://" : ""}${formatAddress(server.host, server.port)}`;
+  } catch {
+    throw wrong;
+  }
+}
+
+/** Clients are sent there, and so it is an address, and whole. */
+function checkAdvertised(text: string): string {
+  const address = addressOf(text);
+  if (!address) throw usage(`--advertise takes host:port, not ${quote(text)}`);
+  if (isEverywhere(address.host))
+    throw usage(`--advertise takes an address that clients can connect to, not ${quote(text)}`);
+  return formatAddress(address.host, address.port);
+}
+
+/** Where one can listen, and nobody can connect. */
+function isEverywhere(host: string): boolean {
+  return /^[0.]+$|^[0:]+$/.test(host);
+}
+
 /** As many connections as are asked for, and no more than there are descriptors for. */
 function connectionsOf(args: Args, workers: number): Pick<Settings, "maxConnections" | "maxOfWorker"> {
   const wanted = numberOption(args, "max-connections", { min: 1, max: 1_000_000 });
@@ -532,7 +648,8 @@ function connectionsOf(args: Args, workers: number): Pick<Settings, "maxConnecti
 }
 
 if (import.meta.main) {
-  const worker = process.env.REPRISE_WORKER;
+  const { REPRISE_WORKER: worker, REPRISE_KEEPER: keeper } = process.env;
   if (worker) work(JSON.parse(worker));
+  else if (keeper) await keepUp(JSON.parse(keeper));
   else await runScript(main);
 }

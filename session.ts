@@ -6,17 +6,20 @@
  * changes.ts. Answers keep the order of the requests all the same.
  */
 import type { Gate } from "./admission.ts";
-import { type Change, type Changes, Upload } from "./changes.ts";
-import { type Certificate, ChunkSize, type Connection, isLoopback, Pace } from "./connection.ts";
+import { type Change, type Changes, type Outcome, Upload } from "./changes.ts";
+import { type Certificate, ChunkSize, type Connection, formatAddress, isLoopback, Pace } from "./connection.ts";
+import { type Hub, type Link, orNothing, withTargets } from "./hub.ts";
 import { type LogFields, type LogFormat, log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
 import {
   BufferPool,
   type Content,
+  DIRECT,
   decodeContent,
   decodeHello,
   decodeRequest,
   EntriesEncoder,
+  type Entry,
   ERRORS,
   encodeDataHeader,
   encodeEnd,
@@ -24,6 +27,7 @@ import {
   encodeFile,
   encodeInfo,
   encodeMeta,
+  encodeRedirect,
   encodeSum,
   encodeWait,
   encodeWelcome,
@@ -43,7 +47,7 @@ import {
   UNKNOWN_SIZE,
 } from "./protocol.ts";
 import type { SecretFiles } from "./secrets.ts";
-import type { OpenFile, Root } from "./storage.ts";
+import { join, type OpenFile, type Root } from "./storage.ts";
 import type { Token, Tokens } from "./tokens.ts";
 
 const SOFTWARE = `reprise ${version}`;
@@ -94,6 +98,8 @@ export interface Settings extends SecretFiles {
   maxList: number;
   /** Who needs no token may write from other machines as well. */
   anonymousWrite: boolean;
+  /** It is, or was, in a cluster: see `Hub`. */
+  clustered: boolean;
   log: LogFormat;
 }
 
@@ -104,6 +110,7 @@ export interface Worker {
   /** Undefined where the root is not to be written. */
   readonly changes: Changes | undefined;
   readonly gate: Gate;
+  readonly hub: Hub;
   /** Refusals whose answer waits. */
   denials: number;
   /** Undefined where nobody needs one. Both may be others after SIGHUP. */
@@ -137,11 +144,15 @@ export class Session {
   readonly #connection: Connection;
   readonly #pace: Pace | undefined;
   readonly #peer: string;
-  #state: "greeting" | "waiting" | "answering" | "ending" = "greeting";
+  #state: "greeting" | "waiting" | "answering" | "linked" | "ending" = "greeting";
   /** What this peer sees as the root: the server's, or its token's folder. */
   #root: Root;
   #changes: Changes | undefined;
   #token: Token | undefined;
+  /** While it is nothing else than one. */
+  #link: Link | undefined;
+  /** Where the peer of the current request was sent, for the log. */
+  #sentTo: string | undefined;
   /** Content sent for the current request, for the log. */
   #bytes = 0;
   #pending: Pending[] = [];
@@ -183,6 +194,7 @@ export class Session {
 
   /** SIGTERM: a session between two requests ends, another when its answer is done. */
   drain(): void {
+    this.#link?.end(new RepriseError("shutting_down"));
     if (this.#isBetweenRequests) this.#connection.fail(new RepriseError("shutting_down"));
   }
 
@@ -205,8 +217,9 @@ export class Session {
         return false;
       }
       if (this.#state === "greeting") {
-        await this.#greet(frame);
+        const isWelcome = await this.#greet(frame);
         this.#state = "waiting";
+        if (!isWelcome) return false;
         continue;
       }
       const request = decodeRequest(frame);
@@ -214,18 +227,25 @@ export class Session {
       this.#state = "answering";
       if (request.action === "get" && this.#answerNow(request)) {
         if (this.#isFull) await this.#connection.flush();
-      } else if (isChange(request)) await this.#take(request);
-      else {
-        await this.#apply();
-        await this.#answer(request);
-      }
-      if (request.action === "quit") return false;
+      } else if (!(await this.#respond(request))) return false;
       if (this.#worker.draining) {
         await this.#apply();
         throw new RepriseError("shutting_down");
       }
       this.#state = "waiting";
     }
+  }
+
+  /** Whatever time it takes. Returns whether the connection goes on. */
+  async #respond(request: Request): Promise<boolean> {
+    if (isChange(request)) {
+      await this.#take(request);
+      return true;
+    }
+    await this.#apply();
+    if (request.action === "link") return !(await this.#carry(request.message));
+    await this.#answer(request);
+    return request.action !== "quit";
   }
 
   async #next(): Promise<Frame | undefined> {
@@ -264,7 +284,7 @@ export class Session {
     const startedAt = performance.now();
     try {
       const file = this.#root.readNow(path);
-      if (!file) return false;
+      if (!file || this.#worker.hub.versions.isBehind) return false;
       this.#isFull = this.#connection.collect(encodeFile(file.meta, file.content));
       this.#logRequest({ action, path, offset } as Request, startedAt, file.content.length, "ok");
       return true;
@@ -274,7 +294,8 @@ export class Session {
     }
   }
 
-  async #greet(frame: Frame): Promise<void> {
+  /** Returns whether the client is welcome here, and not sent on. */
+  async #greet(frame: Frame): Promise<boolean> {
     const hello = decodeHello(frame);
     if (hello.version !== PROTOCOL_VERSION) {
       const text = `protocol version ${hello.version} is not spoken here, only ${PROTOCOL_VERSION}`;
@@ -282,18 +303,33 @@ export class Session {
       throw new RepriseError("version", text);
     }
     await this.#admit(hello.token);
+    if ((hello.flags & DIRECT) === 0 && (await this.#sendOn())) return false;
     this.#takesFile = (hello.flags & TAKES_FILE) !== 0;
     this.#connection.maxLength = MAX_REQUEST_BYTES;
     this.#connection.timeoutMs = this.#worker.settings.idleMs;
     this.#connection.owes = false;
     await this.#connection.send(encodeWelcome(SOFTWARE));
+    return true;
+  }
+
+  /** [redirect] Another member takes this client. Members themselves are not sent away. */
+  async #sendOn(): Promise<boolean> {
+    if (this.#token?.access === "replica") return false;
+    const address = await this.#worker.hub.next();
+    if (!address) return false;
+    const to = formatAddress(address.host, address.port);
+    log(this.#worker.settings, { event: "redirect", status: "ok", to, ...this.#who });
+    await this.#connection.send(encodeRedirect(address.host, address.port));
+    return true;
   }
 
   /** [access] Where tokens are needed, what this one leads to becomes the root. */
   async #admit(text: string): Promise<void> {
-    const { tokens, root, changes } = this.#worker;
+    const { tokens, root, changes, hub } = this.#worker;
     if (!tokens) return;
-    this.#token = tokens.find(text);
+    // Both are looked through in any case: the time of an answer tells nothing.
+    const [given, ofMember] = [tokens.find(text), hub.members.find(text)];
+    this.#token = given ?? ofMember;
     if (!this.#token || !this.#isStillAllowed) throw await this.#denial();
     const { folder } = this.#token;
     if (folder === "") return;
@@ -309,7 +345,13 @@ export class Session {
   }
 
   get #isStillAllowed(): boolean {
-    return !this.#token || this.#worker.tokens?.holds(this.#token) === true;
+    const { tokens, hub } = this.#worker;
+    return !this.#token || tokens?.holds(this.#token) === true || hub.members.holds(this.#token);
+  }
+
+  /** A path as the whole server has it. */
+  #whole(path: string): string {
+    return join(this.#token?.folder ?? "", path);
   }
 
   /**
@@ -345,9 +387,10 @@ export class Session {
   }
 
   /** One request, its answer and its line in the log. What is wrong with a request is an answer too. */
-  async #answer(request: Exclude<Request, ChangeRequest>): Promise<void> {
+  async #answer(request: PlainRequest): Promise<void> {
     const startedAt = performance.now();
     this.#bytes = 0;
+    this.#sentTo = undefined;
     let status = "ok";
     try {
       await this.#perform(request);
@@ -373,19 +416,19 @@ export class Session {
       offset?: number;
     };
     const ms = Math.round(performance.now() - startedAt);
-    const line = { event: request.action, path, to, offset, bytes, ms, status, ...this.#who };
+    const line = { event: request.action, path, to: to ?? this.#sentTo, offset, bytes, ms, status, ...this.#who };
     if (REFUSALS.has(status)) logRefusal(this.#worker.settings, line);
     else log(this.#worker.settings, line);
   }
 
-  async #perform(request: Exclude<Request, ChangeRequest>): Promise<void> {
+  async #perform(request: PlainRequest): Promise<void> {
     switch (request.action) {
       case "get":
         return this.#get(request);
       case "list":
         return this.#list(request.path, request.recursive);
       case "stat":
-        return this.#connection.send(encodeMeta(await this.#root.stat(request.path)));
+        return this.#stat(request.path);
       case "status":
         return this.#connection.send(encodeInfo(describe(this.#worker)));
       case "quit":
@@ -393,6 +436,50 @@ export class Session {
       case "sums":
         return this.#sums(request);
     }
+  }
+
+  // ------------------------------------------------------------------------------------------------ link
+
+  /** [link] Returns whether there was one: by then the connection is at its end. */
+  async #carry(message: Record<string, unknown>): Promise<boolean> {
+    const { settings, hub, draining } = this.#worker;
+    const refusal = await this.#linkRefusal();
+    if (refusal) {
+      // What closes the connection has been logged if nobody heard it.
+      if (refusal.code !== "lost") logRefusal(settings, { event: "link", status: refusal.code, ...this.#who });
+      if (isOver(refusal)) throw refusal;
+      await this.#connection.send(encodeError(refusal));
+      return false;
+    }
+    log(settings, { event: "link", status: "ok", ...this.#who });
+    const link = hub.link(this.#connection, message);
+    this.#link = link;
+    this.#state = "linked";
+    if (draining) this.drain();
+    try {
+      const ending = await link.carry(() => this.#nextOfLink());
+      log(settings, { event: "unlink", status: ending?.code ?? "ok", ...this.#who });
+    } finally {
+      hub.unlink(link);
+    }
+    return true;
+  }
+
+  async #nextOfLink(): Promise<Frame | undefined> {
+    const frame = await this.#next();
+    if (!this.#isStillAllowed) throw await this.#denial();
+    return frame;
+  }
+
+  /** Why this peer is no member, or undefined. */
+  async #linkRefusal(): Promise<RepriseError | undefined> {
+    if (this.#worker.tokens) {
+      const isMember = this.#token?.access === "replica" && this.#token.folder === "";
+      return isMember ? undefined : this.#denial();
+    }
+    if (isLoopback(this.#peer)) return undefined;
+    const why = "only servers on this machine may join without tokens; --tokens at the server that is joined opens it";
+    return new RepriseError("refused", `refused: ${why}`);
   }
 
   // ------------------------------------------------------------------------------------------------ changes
@@ -502,20 +589,47 @@ export class Session {
     this.#connection.beforeWait = undefined;
     const timer = setInterval(() => this.#sayWait(), WAIT_MS);
     try {
-      // Each has its answer, whatever happens: one too few, and all behind it would be taken for another's.
-      const outcomes = await changes.apply(group.map(({ change }) => change)).catch((error) => {
-        this.#statusOf(error);
-        return group.map(() => asReprise(error));
-      });
+      const outcomes = await this.#make(group, changes);
+      await this.#announce(group, outcomes);
       for (const [index, { change, startedAt, bytes }] of group.entries()) {
-        const outcome = outcomes[index];
+        const outcome = this.#named(change, outcomes[index]);
         await this.#connection.send(encodeOutcome(outcome));
         this.#logRequest(change, startedAt, bytes, outcome instanceof RepriseError ? outcome.code : "ok");
       }
     } finally {
       clearInterval(timer);
+    }
+  }
+
+  /** Each has its outcome, whatever happens: one too few, and all behind it would be taken for another's. */
+  async #make(group: Pending[], changes: Changes): Promise<Outcome[]> {
+    try {
+      return await changes.apply(group.map(({ change }) => change));
+    } catch (error) {
+      this.#statusOf(error);
+      return group.map(() => asReprise(error));
+    } finally {
       this.#letGo(group);
     }
+  }
+
+  /** In a cluster, what is acknowledged is known to all who are there. */
+  async #announce(group: Pending[], outcomes: Outcome[]): Promise<void> {
+    const made = group.filter((_, index) => !(outcomes[index] instanceof RepriseError));
+    const paths = made.flatMap(({ change }) => pathsOf(change)).map((path) => this.#whole(path));
+    try {
+      await this.#worker.hub.announce(paths);
+    } catch (error) {
+      for (const { change, startedAt, bytes } of group)
+        this.#logRequest(change, startedAt, bytes, this.#statusOf(error));
+      throw error;
+    }
+  }
+
+  /** By now the version may have another name than the one it was made with. */
+  #named(change: Change, outcome: Outcome): Outcome {
+    if (!(change instanceof Upload) || !outcome || outcome instanceof RepriseError) return outcome;
+    return { ...outcome, etag: this.#worker.hub.versions.of(this.#whole(change.request.path), outcome.etag) };
   }
 
   /** Not while the peer owes content: else a stalled upload looks alive to both sides, and no limit ends it. */
@@ -576,7 +690,23 @@ export class Session {
 
   // ------------------------------------------------------------------------------------------------ reading
 
+  async #stat(path: string): Promise<void> {
+    if (await this.#isElsewhere(path)) return;
+    await this.#connection.send(encodeMeta(await this.#root.stat(path)));
+  }
+
+  /** [redirect] Tells where a version is that counts and is not here. Throws `not_found` where it is that nothing is. */
+  async #isElsewhere(path: string, etag?: string): Promise<boolean> {
+    const place = this.#worker.hub.placeOf(this.#whole(path), etag);
+    if (place === undefined) return false;
+    if (place === "gone") throw new RepriseError("not_found", `not found: ${quote(path)}`);
+    this.#sentTo = formatAddress(place.host, place.port);
+    await this.#connection.send(encodeRedirect(place.host, place.port));
+    return true;
+  }
+
   async #get({ path, offset, length, etag }: Extract<Request, { action: "get" }>): Promise<void> {
+    if (await this.#isElsewhere(path, etag)) return;
     const file = await this.#root.open(path);
     try {
       const { meta } = file;
@@ -634,7 +764,7 @@ export class Session {
   async #list(path: string, recursive: boolean): Promise<void> {
     const frames = new EntriesEncoder();
     let count = 0;
-    for await (const entries of this.#root.list(path, recursive)) {
+    for await (const entries of this.#entries(path, recursive)) {
       if (this.#worker.stopping) throw new RepriseError("shutting_down");
       if (count + entries.length > this.#worker.settings.maxList) throw tooLong(path, recursive, this.#worker);
       for (const entry of entries) {
@@ -646,6 +776,19 @@ export class Session {
     const rest = frames.rest();
     if (rest) await this.#send(rest);
     await this.#connection.send(encodeEnd(count));
+  }
+
+  /** What is here or, where something newer is elsewhere, that in its place. */
+  #entries(path: string, recursive: boolean): AsyncIterable<Entry[]> {
+    const { hub } = this.#worker;
+    const entries = this.#root.list(path, recursive);
+    if (!hub.isClustered) return entries;
+    const whole = this.#whole(path);
+    const folder = hub.targetOf(whole);
+    if (folder?.kind === "gone") throw new RepriseError("not_found", `not found: ${quote(path)}`);
+    const targets = hub.targetsBelow(whole);
+    if (targets.size === 0 && !folder) return entries;
+    return withTargets(folder?.kind === "folder" ? orNothing(entries) : entries, targets, recursive);
   }
 
   #send(frame: Uint8Array): Promise<void> {
@@ -677,10 +820,16 @@ export class Session {
   }
 }
 
+type PlainRequest = Exclude<Request, ChangeRequest | { action: "link" }>;
 type ChangeRequest = Extract<Request, { action: "put" | "remove" | "move" | "mkdir" }>;
 
 function isChange(request: Request): request is ChangeRequest {
   return ["put", "remove", "move", "mkdir"].includes(request.action);
+}
+
+function pathsOf(change: Change): string[] {
+  if (change instanceof Upload) return [change.request.path];
+  return "to" in change ? [change.path, change.to] : [change.path];
 }
 
 function readOnly(why: string): RepriseError {
@@ -711,7 +860,8 @@ function asReprise(error: unknown): RepriseError {
 }
 
 /** [status] */
-function describe({ settings, sessions, startedAt }: Worker): Record<string, unknown> {
+function describe({ settings, sessions, startedAt, hub }: Worker): Record<string, unknown> {
+  const { role = "alone", node, master, revision, problem, replicas = [] } = hub.cluster ?? {};
   return {
     server: SOFTWARE,
     protocol: PROTOCOL_VERSION,
@@ -720,6 +870,11 @@ function describe({ settings, sessions, startedAt }: Worker): Record<string, unk
     connections: sessions.size,
     uptime: Math.round((Date.now() - startedAt) / 1000),
     writable: settings.writable,
-    replicas: [],
+    role,
+    node,
+    master,
+    revision,
+    problem,
+    replicas,
   };
 }

@@ -72,6 +72,12 @@ export interface Root {
   close(): void;
 }
 
+/** What peers know versions by. In a cluster that is not what the storage of one member calls them. */
+export interface Etags {
+  /** Of a file, by its path in the whole root, of which the storage's own is `etag`. */
+  of(path: string, etag: string): string;
+}
+
 /** One version of one file. Every method throws `changed` once the file is another, `failed` if it can't be read. */
 export interface OpenFile {
   readonly meta: Meta;
@@ -85,10 +91,13 @@ export interface OpenFile {
   close(): void;
 }
 
-/** Throws `not_found`, `not_a_folder` or `refused`, with the path as it was given. */
-export function openFolder(path: string): Root {
+/**
+ * Throws `not_found`, `not_a_folder` or `refused`, with the path as it was given. Without `etags` versions have the
+ * storage's own, as they always have where `list` and `look` are asked.
+ */
+export function openFolder(path: string, etags?: Etags): Root {
   try {
-    return new FolderRoot(openSync(path, constants.O_RDONLY | constants.O_DIRECTORY));
+    return new FolderRoot(openSync(path, constants.O_RDONLY | constants.O_DIRECTORY), "", etags);
   } catch (error) {
     const code = errorCode(error);
     if (code === "ENOENT") throw new RepriseError("not_found", `not found: the root folder ${quote(path)}`, error);
@@ -108,13 +117,15 @@ class FolderRoot implements Root {
   readonly #fd: number;
   /** The folder in it that this is about; "" for itself. */
   readonly #folder: string;
+  readonly #etags: Etags | undefined;
   readonly #device: bigint;
   /** There is no disk to wait for. */
   readonly #inMemory: boolean;
 
-  constructor(fd: number, folder = "") {
+  constructor(fd: number, folder: string, etags: Etags | undefined) {
     this.#fd = fd;
     this.#folder = folder;
+    this.#etags = etags;
     this.#device = fstatSync(fd, { bigint: true }).dev;
     this.#inMemory = isInMemory(fd);
   }
@@ -122,7 +133,7 @@ class FolderRoot implements Root {
   async stat(path: string): Promise<Meta> {
     const at = this.#locate(path);
     try {
-      return metaOf(await settled(at), path);
+      return this.#metaOf(await settled(at), path);
     } finally {
       closeSync(at);
     }
@@ -133,7 +144,7 @@ class FolderRoot implements Root {
     try {
       const stat = await settled(at);
       if (stat.isDirectory()) throw new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);
-      const meta = metaOf(stat, path);
+      const meta = this.#metaOf(stat, path);
       return new FolderFile(openForReading(at, path), stat, meta, path, this.#isInMemory(stat));
     } finally {
       closeSync(at);
@@ -145,7 +156,8 @@ class FolderRoot implements Root {
     try {
       const stat = fstatSync(at, { bigint: true });
       if (!stat.isFile() || stat.size > MAX_WHOLE_BYTES || unsettledMs(stat) > 0) return undefined;
-      const file = new FolderFile(openForReading(at, path), stat, metaOf(stat, path), path, this.#isInMemory(stat));
+      const meta = this.#metaOf(stat, path);
+      const file = new FolderFile(openForReading(at, path), stat, meta, path, this.#isInMemory(stat));
       try {
         const content = file.readNow();
         return content && { meta: file.meta, content };
@@ -155,6 +167,12 @@ class FolderRoot implements Root {
     } finally {
       closeSync(at);
     }
+  }
+
+  #metaOf(stat: BigIntStats, path: string): Meta {
+    const meta = metaOf(stat, path);
+    if (this.#etags && meta.kind === "file") meta.etag = this.#etags.of(join(this.#folder, path), meta.etag);
+    return meta;
   }
 
   #isInMemory(stat: BigIntStats): boolean {
@@ -215,7 +233,7 @@ class FolderRoot implements Root {
 
   beneath(path: string): Root {
     closeSync(this.#openFolder(path));
-    return new FolderRoot(this.#fd, join(this.#folder, path));
+    return new FolderRoot(this.#fd, join(this.#folder, path), this.#etags);
   }
 
   #openFolder(path: string): number {
@@ -417,7 +435,8 @@ function openForReading(fd: number, path: string): number {
   }
 }
 
-function join(folder: string, below: string): string {
+/** Of a folder, or "" for the root, and a path in it. */
+export function join(folder: string, below: string): string {
   return folder === "" || below === "" ? folder + below : `${folder}/${below}`;
 }
 
