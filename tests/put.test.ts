@@ -51,6 +51,7 @@ import {
   type ClientOptions,
   connectRaw,
   isAlive,
+  killHard,
   type LogLine,
   makeRoot,
   mountSmall,
@@ -1539,7 +1540,7 @@ test("100 uploads with kill -9 of the client, a worker or the server at random p
     client: (child: ReturnType<typeof spawnClient>) => child.kill("SIGKILL"),
     worker: () => {
       const [pid] = server.workers();
-      if (pid) process.kill(pid, "SIGKILL");
+      if (pid) killHard(pid);
     },
     server: () => {
       restarting ??= restart().finally(() => {

@@ -29,7 +29,7 @@ import {
   type Answering,
   contentFrames,
   type FakeServer,
-  isAlive,
+  killHard,
   makeRoot,
   randomBytes,
   runClient,
@@ -639,7 +639,7 @@ describe("who is trusted", () => {
 function kill(server: Server): void {
   const workers = server.workers();
   server.process.kill("SIGKILL");
-  for (const pid of workers) if (isAlive(pid)) process.kill(pid, "SIGKILL");
+  for (const pid of workers) killHard(pid);
 }
 
 /**
