@@ -21,6 +21,9 @@ const SCHEMA = `
   CREATE INDEX IF NOT EXISTS digest ON entries (digest) WHERE digest <> '';
   CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID`;
 
+/** Entries, or that there is none, that are kept in memory. */
+const MAX_KEPT = 5_000;
+
 interface Row {
   path: string;
   base: number;
@@ -41,6 +44,8 @@ interface Row {
 /** As the keeper has it, the only one that writes. */
 export class Index implements Entries {
   readonly #db: Database;
+  /** What was asked for of late: an entry is asked for many times until a change is through. */
+  readonly #kept = new Map<string, Entry | null>();
   readonly #get: Statement<Row, [string]>;
   readonly #seen: Statement<Pick<Row, "etag" | "seen">, [string]>;
   readonly #set: Statement;
@@ -59,11 +64,15 @@ export class Index implements Entries {
   }
 
   get(path: string): Entry | undefined {
+    const kept = this.#kept.get(path);
+    if (kept !== undefined) return kept ?? undefined;
     const row = this.#get.get(path);
-    return row ? entryOf(row) : undefined;
+    return this.#keep(path, row ? entryOf(row) : null) ?? undefined;
   }
 
-  set({ path, base, etag, seen, known, sent, target }: Entry): void {
+  set(entry: Entry): void {
+    const { path, base, etag, seen, known, sent, target } = entry;
+    this.#keep(path, entry);
     const [seenText, knownText] = [textOf(seen), textOf(known)];
     const isOpen = target !== undefined || sent !== undefined || seenText !== knownText;
     this.#set.run(
@@ -81,7 +90,14 @@ export class Index implements Entries {
   }
 
   remove(path: string): void {
+    this.#keep(path, null);
     this.#remove.run(path);
+  }
+
+  #keep(path: string, entry: Entry | null): Entry | null {
+    if (this.#kept.size >= MAX_KEPT) this.#kept.clear();
+    this.#kept.set(path, entry);
+    return entry;
   }
 
   /** Whether that is what was last seen under a name. */
@@ -121,11 +137,12 @@ export class Index implements Entries {
 
   /** Where the tree has, or had when last seen, a file of that content. */
   withContent(sha256: string): Entry[] {
-    return this.#db.query<Row, [string]>("SELECT * FROM entries WHERE digest = ? LIMIT 8").all(sha256).map(entryOf);
+    return this.#db.query<Row, [string]>("SELECT * FROM entries WHERE digest = ? AND digest <> '' LIMIT 8").all(sha256).map(entryOf);
   }
 
   /** Revisions of another ledger mean nothing: what was seen of the tree stays. */
   forgetLedger(): void {
+    this.#kept.clear();
     const none = textOf(GONE);
     this.#db.run("DELETE FROM entries WHERE digest = '' AND seen = ?", [none]);
     this.#db.run("UPDATE entries SET base = 0, revision = 0, open = 1, known = ?, sent = NULL, target = NULL", [none]);
@@ -144,6 +161,7 @@ export class Index implements Entries {
 
   /** Forgets deletions up to a revision; returns how many. */
   prune(revision: number): number {
+    this.#kept.clear();
     const gone = textOf(GONE);
     const sql = "DELETE FROM entries WHERE seen = ? AND open = 0 AND revision > 0 AND revision <= ?";
     return this.#db.run(sql, [gone, revision]).changes;

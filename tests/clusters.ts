@@ -37,11 +37,13 @@ export interface ClusterOptions {
   files?: Files;
   args?: string[];
   env?: Record<string, string>;
+  /** Where the roots are made. */
+  parent?: string | undefined;
 }
 
 export async function startCluster(options: ClusterOptions = {}): Promise<Cluster> {
   const { replicas = 2, files = {}, args = ["--writable"], env = {} } = options;
-  const folder = makeRoot({});
+  const folder = makeRoot({}, options.parent);
   const nodes: Node[] = [];
   const add = async (content: Files = {}, master?: Node, more: string[] = []) => {
     const name = String.fromCharCode(65 + nodes.length);
