@@ -137,7 +137,10 @@ export class Index implements Entries {
 
   /** Where the tree has, or had when last seen, a file of that content. */
   withContent(sha256: string): Entry[] {
-    return this.#db.query<Row, [string]>("SELECT * FROM entries WHERE digest = ? AND digest <> '' LIMIT 8").all(sha256).map(entryOf);
+    return this.#db
+      .query<Row, [string]>("SELECT * FROM entries WHERE digest = ? AND digest <> '' LIMIT 8")
+      .all(sha256)
+      .map(entryOf);
   }
 
   /** Revisions of another ledger mean nothing: what was seen of the tree stays. */
