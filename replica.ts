@@ -101,6 +101,14 @@ export function resume(state: State): Effect[] {
   return [...state.entries.open()].flatMap((entry) => settle(state, entry, "again"));
 }
 
+/** Whether what was asked of the tree is still to be done: what came since may have taken its place. */
+export function isWanted(state: State, effect: Extract<Effect, { kind: "place" | "aside" }>): boolean {
+  const entry = state.entries.get(effect.kind === "place" ? effect.record.path : effect.path);
+  const next = entry?.target && nextFor(state, entry);
+  if (next?.kind === "place" && effect.kind === "place") return next.record.revision === effect.record.revision;
+  return next?.kind === effect.kind;
+}
+
 export function isDirty({ seen, known }: Entry): boolean {
   return !isSame(seen, known);
 }
