@@ -164,7 +164,6 @@ function onRecord(state: State, record: Record): Effect[] {
     const ours = entry.sent ?? entry.seen;
     // It was made on what we have proposed, or are about to: nothing is lost by it.
     if (ours.kind === "file" && ours.sha256 === record.over) entry.known = ours;
-    entry.sent = undefined;
   }
   return settle(state, entry, "next");
 }
@@ -216,11 +215,12 @@ function goesBackTo(entry: Entry, known: Version, base: number): void {
 
 /**
  * Keeps the entry, and says what is to be done about it next. One proposal of a path is under way at a time: a later change
- * waits for its answer. `again`: what was under way is lost.
+ * waits for its answer, and so does a record that came before it, since the proposal may be taken after that. `again`: what
+ * was under way is lost.
  */
 function settle(state: State, entry: Entry, asked: "next" | "again" | undefined): Effect[] {
   resolve(entry);
-  const isWaiting = entry.sent !== undefined && !entry.target && asked !== "again";
+  const isWaiting = entry.sent !== undefined && asked !== "again";
   const effect = asked && !isWaiting ? nextFor(state, entry) : undefined;
   if (effect?.kind === "propose") entry.sent = effect.version;
   const isNothing = entry.base === 0 && entry.seen.kind === "gone" && !entry.target && !entry.sent;
@@ -231,8 +231,8 @@ function settle(state: State, entry: Entry, asked: "next" | "again" | undefined)
 
 /** What needs nothing to be done. */
 function resolve(entry: Entry): void {
-  const { target, seen } = entry;
-  if (!target) return;
+  const { target, seen, sent } = entry;
+  if (!target || sent) return;
   if (isSame(seen, target)) goesBackTo(entry, target, target.revision);
   // A change beats a deletion: it is proposed on it.
   else if (target.kind === "gone" && isDirty(entry)) goesBackTo(entry, target, target.revision);
@@ -240,7 +240,7 @@ function resolve(entry: Entry): void {
 
 function nextFor(state: State, entry: Entry): Effect | undefined {
   const { path, target, seen, sent, etag, base } = entry;
-  if (!target) {
+  if (sent || !target) {
     if (!state.online || (!sent && !isDirty(entry))) return undefined;
     // It may be in the log already: what came after it is based on it.
     return { kind: "propose", path, base, version: sent ?? seen };
