@@ -213,15 +213,17 @@ async function waitUntil(condition: () => boolean, ms: number): Promise<void> {
 
 // ---------------------------------------------------------------------------------------------------- keeper
 
-/** Until the supervisor says "stop", or is gone. What is to be done at the end belongs into process.on("exit"). */
+/** The keeper does all by itself, and says "ready"; but the supervisor may end while it is being loaded. */
 async function keepUp(settings: KeeperSettings): Promise<void> {
   ignoreSignals();
   const stopNow = () => process.exit(0);
-  process.on("message", (message) => message === "stop" && stopNow());
+  const onMessage = (message: unknown) => message === "stop" && stopNow();
+  process.on("message", onMessage);
   process.on("disconnect", stopNow);
   const { keep } = await import("./cluster.ts");
   keep(settings);
-  process.send?.("ready");
+  process.off("message", onMessage);
+  process.off("disconnect", stopNow);
 }
 
 // ---------------------------------------------------------------------------------------------------- supervisor
