@@ -184,8 +184,8 @@ export class KeeperHost {
       this.#tell(worker, { kind: "next", id: message.id, address });
       return;
     }
-    // The first server that joins.
-    if (message.message.kind === "linked") this.start();
+    // The first server that joins; or a worker was there before the keeper.
+    if (message.message.kind === "linked" || message.message.kind === "announce") this.start();
     this.#pass({ worker, message: message.message });
   }
 

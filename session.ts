@@ -151,6 +151,8 @@ export class Session {
   #token: Token | undefined;
   /** While it is nothing else than one. */
   #link: Link | undefined;
+  /** Called when a peer has gone that waits for what was announced: its place is not kept. */
+  #onLost: ((error: RepriseError) => void) | undefined;
   /** Where the peer of the current request was sent, for the log. */
   #sentTo: string | undefined;
   /** Content sent for the current request, for the log. */
@@ -390,7 +392,6 @@ export class Session {
   async #answer(request: PlainRequest): Promise<void> {
     const startedAt = performance.now();
     this.#bytes = 0;
-    this.#sentTo = undefined;
     let status = "ok";
     try {
       await this.#perform(request);
@@ -400,6 +401,7 @@ export class Session {
       await this.#connection.send(encodeError(asReprise(error)));
     } finally {
       this.#logRequest(request, startedAt, this.#bytes, status);
+      this.#sentTo = undefined;
     }
   }
 
@@ -590,7 +592,7 @@ export class Session {
     const timer = setInterval(() => this.#sayWait(), WAIT_MS);
     try {
       const outcomes = await this.#make(group, changes);
-      await this.#announce(group, outcomes);
+      if (this.#worker.hub.isClustered) await this.#announce(group, outcomes);
       for (const [index, { change, startedAt, bytes }] of group.entries()) {
         const outcome = this.#named(change, outcomes[index]);
         await this.#connection.send(encodeOutcome(outcome));
@@ -615,14 +617,18 @@ export class Session {
 
   /** In a cluster, what is acknowledged is known to all who are there. */
   async #announce(group: Pending[], outcomes: Outcome[]): Promise<void> {
+    const lost = Promise.withResolvers<never>();
     const made = group.filter((_, index) => !(outcomes[index] instanceof RepriseError));
     const paths = made.flatMap(({ change }) => pathsOf(change)).map((path) => this.#whole(path));
     try {
-      await this.#worker.hub.announce(paths);
+      this.#onLost = lost.reject;
+      await Promise.race([this.#worker.hub.announce(paths), lost.promise]);
     } catch (error) {
       for (const { change, startedAt, bytes } of group)
         this.#logRequest(change, startedAt, bytes, this.#statusOf(error));
       throw error;
+    } finally {
+      this.#onLost = undefined;
     }
   }
 
@@ -641,7 +647,10 @@ export class Session {
     this.#connection
       .send(encodeWait())
       .then(() => this.#connection.flush())
-      .catch((error) => this.#connection.fail(asReprise(error)));
+      .catch((error) => {
+        this.#connection.fail(asReprise(error));
+        this.#onLost?.(asReprise(error));
+      });
   }
 
   #abandon(): void {
