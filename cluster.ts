@@ -127,6 +127,7 @@ class Keeper {
       root,
       changes,
       index: this.#index,
+      state: this.#state,
       holdersOf: (record) => this.#holdersOf(record),
       connectTo: (address) => this.#connectTo(address),
       take: (events) => this.#take(events),

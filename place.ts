@@ -13,7 +13,7 @@ import { checkMeta, type Peer } from "./peer.ts";
 import type { Exchange } from "./pipeline.ts";
 import { MAX_CONTENT_BYTES, type Meta, type Put, quote, RepriseError, TO_THE_END } from "./protocol.ts";
 import type { Remote } from "./remote.ts";
-import type { Entry, Event } from "./replica.ts";
+import { conflictName, type Entry, type Event, isWanted, type State } from "./replica.ts";
 import type { Target } from "./resume.ts";
 import type { Root } from "./storage.ts";
 
@@ -24,6 +24,8 @@ const MAX_LARGE = 2;
 /** The wait before what failed is tried again, longer each time. */
 const FIRST_RETRY_MS = 100;
 const LAST_RETRY_MS = 5_000;
+/** A folder that stays full for so many attempts is kept. */
+const TRIES_FULL = 5;
 /** What nobody has is soon superseded, as a rule; after so many attempts it is a problem. */
 const TRIES_UNSAID = 5;
 const HASH_BYTES = 1024 * 1024;
@@ -38,6 +40,7 @@ export interface PlacerOptions {
   root: Root;
   changes: Changes;
   index: Index;
+  state: State;
   /** Where a record's content may be had, the likeliest first. */
   holdersOf(record: Record): string[];
   connectTo(address: string): Remote;
@@ -159,7 +162,8 @@ export class Placer {
 
   // ------------------------------------------------------------------------------------------------ files
 
-  async #placeFiles(wants: Want[]): Promise<void> {
+  async #placeFiles(all: Want[]): Promise<void> {
+    const wants = await this.#withoutFolders(all);
     const staged: { want: Want; upload: Upload }[] = [];
     const toFetch = new Map<string, Fetch[]>();
     const failed = (want: Want, error: unknown) => this.#failed(want, error);
@@ -199,11 +203,26 @@ export class Placer {
     }
   }
 
+  /** Folders in the way of files go, where they are empty; returns those that have nothing in their way. */
+  async #withoutFolders(wants: Want[]): Promise<Want[]> {
+    const { index, changes } = this.#options;
+    const free: Want[] = [];
+    for (const want of wants) {
+      const { path } = want.record;
+      const isFolder = index.get(path)?.seen.kind === "folder";
+      const [outcome] = isFolder ? await changes.apply([{ action: "clear", path, etag: "" }]) : [];
+      if (outcome instanceof RepriseError) this.#failed(want, outcome);
+      else free.push(want);
+    }
+    return free;
+  }
+
   async #placeLarge(want: Want): Promise<void> {
     const { path } = want.record;
     this.#large.add(path);
     let upload: Upload | undefined;
     try {
+      if ((await this.#withoutFolders([want])).length === 0) return;
       if (await this.#retime(want)) return;
       upload = (await this.#copy(want)) ?? (await this.#download(want));
       await this.#apply([want], [upload]);
@@ -307,8 +326,12 @@ export class Placer {
 
   // ------------------------------------------------------------------------------------------------ outcomes
 
-  async #apply(wants: Want[], changes: Change[]): Promise<void> {
-    if (wants.length === 0) return;
+  /** Makes the changes of what is still wanted: something may have come since that has taken its place. */
+  async #apply(all: Want[], changesOfAll: Change[]): Promise<void> {
+    const still = [...all.entries()].filter(([, want]) => this.#isWanted(want));
+    if (still.length === 0) return;
+    const wants = still.map(([, want]) => want);
+    const changes = still.map(([at]) => changesOfAll[at]!);
     const outcomes = await this.#options.changes
       .apply(changes)
       .catch((error) => wants.map(() => error as RepriseError));
@@ -321,6 +344,10 @@ export class Placer {
     if (events.length > 0) this.#options.take(events);
   }
 
+  #isWanted({ record, etag }: Want): boolean {
+    return isWanted(this.#options.state, { kind: "place", record, etag });
+  }
+
   #placed({ record }: Want, outcome: Outcome): Event {
     this.#problems.delete(record.path);
     return { kind: "placed", record, etag: (outcome as Meta | undefined)?.etag ?? "" };
@@ -330,17 +357,20 @@ export class Placer {
     const { record } = want;
     if (!(error instanceof RepriseError)) throw error;
     const { code } = error;
-    // A folder that is not empty: of what was there before, or with something new in it.
-    if (record.kind === "gone" && code === "exists" && !this.#hasTargetsBelow(record.path))
-      return void this.#options.take([{ kind: "kept", record }]);
-    if (UNEXPECTED.has(code)) this.#options.examine([record.path]);
+    const isFull = code === "exists" && this.#options.index.get(record.path)?.seen.kind === "folder";
+    if (isFull && want.tries >= TRIES_FULL) void this.#keepFull(record);
+    else if (UNEXPECTED.has(code)) this.#options.examine([record.path]);
     else if (!UNSAID.has(code) || want.tries >= TRIES_UNSAID) this.#problems.set(record.path, error.message);
     this.#tryLater(want);
   }
 
-  #hasTargetsBelow(folder: string): boolean {
-    for (const { target } of this.#options.index.below(folder)) if (target) return true;
-    return false;
+  /** A folder with something in it that is not about to go: it stays, or makes way for a file as a whole. */
+  async #keepFull(record: Record): Promise<void> {
+    const { index, state, take, examine } = this.#options;
+    for (const { target } of index.below(record.path)) if (target) return;
+    if (record.kind === "gone") take([{ kind: "kept", record }]);
+    else await this.aside(record.path, "", conflictName(record.path, state.node, record));
+    examine([record.path]);
   }
 
   #tryLater(want: Want): void {
