@@ -17,6 +17,7 @@ const SCHEMA = `
     path TEXT PRIMARY KEY, base INTEGER NOT NULL, etag TEXT NOT NULL, digest TEXT NOT NULL, open INTEGER NOT NULL,
     revision INTEGER NOT NULL, seen TEXT NOT NULL, known TEXT, sent TEXT, target TEXT) WITHOUT ROWID;
   CREATE INDEX IF NOT EXISTS open ON entries (path) WHERE open = 1;
+  CREATE INDEX IF NOT EXISTS target ON entries (revision) WHERE target IS NOT NULL;
   CREATE INDEX IF NOT EXISTS revision ON entries (revision) WHERE revision > 0;
   CREATE INDEX IF NOT EXISTS digest ON entries (digest) WHERE digest <> '';
   CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID`;
@@ -172,7 +173,7 @@ export class Index implements Entries {
 
   /** Of the records that the tree does not have yet, the oldest; undefined if it has all. */
   get oldestTarget(): number | undefined {
-    const sql = "SELECT min(revision) AS least FROM entries WHERE open = 1 AND target IS NOT NULL";
+    const sql = "SELECT min(revision) AS least FROM entries INDEXED BY target WHERE target IS NOT NULL";
     return this.#db.query<{ least: number | null }, []>(sql).get()?.least ?? undefined;
   }
 
