@@ -59,17 +59,14 @@ export type Event =
   | { kind: "refused"; path: string; version: Version; refusedFor: number }
   /** The tree holds what a record says. */
   | { kind: "placed"; record: Record; etag: string }
-  /** The tree keeps what it has against a record: a folder that is to be gone has still something in it. */
+  /** A folder that a record says is gone has still something in it. */
   | { kind: "kept"; record: Record }
   | { kind: "online" }
   | { kind: "offline" };
 
 export type Effect =
   | ({ kind: "propose" } & Proposal)
-  /**
-   * Bring the tree to what the record says, if it still holds what `etag` names. A folder that is not empty is not removed:
-   * what is in it may be about to go; if not, it is `kept`, and gets another name where a file is to be in its place.
-   */
+  /** Bring the tree to what the record says, if it still holds what `etag` names. */
   | { kind: "place"; record: Record; etag: string }
   /** Give what the tree holds another name, if it is still what `etag` names. */
   | { kind: "aside"; path: string; etag: string; to: string }
@@ -248,8 +245,7 @@ function nextFor(state: State, entry: Entry): Effect | undefined {
     // It may be in the log already: what came after it is based on it.
     return { kind: "propose", path, base, version: sent ?? seen };
   }
-  // An empty folder is nothing to lose, and a full one does not give way to a file before what is in it is safe.
-  const isLost = isDirty(entry) && seen.kind === "file" && !hasSameContent(seen, target);
+  const isLost = isDirty(entry) && seen.kind !== "gone" && !hasSameContent(seen, target);
   if (isLost) return { kind: "aside", path, etag, to: conflictName(path, state.node, seen) };
   return { kind: "place", record: target, etag };
 }
