@@ -59,7 +59,7 @@ export type Event =
   | { kind: "refused"; path: string; version: Version; refusedFor: number }
   /** The tree holds what a record says. */
   | { kind: "placed"; record: Record; etag: string }
-  /** A folder that a record says is gone has still something in it. */
+  /** The tree keeps what it has against a record: a folder has still something in it, or nobody has the content. */
   | { kind: "kept"; record: Record }
   | { kind: "online" }
   | { kind: "offline" };
@@ -105,8 +105,8 @@ export function resume(state: State): Effect[] {
 export function isWanted(state: State, effect: Extract<Effect, { kind: "place" | "aside" }>): boolean {
   const entry = state.entries.get(effect.kind === "place" ? effect.record.path : effect.path);
   const next = entry?.target && nextFor(state, entry);
-  if (next?.kind === "place" && effect.kind === "place") return next.record.revision === effect.record.revision;
-  return next?.kind === effect.kind;
+  if (effect.kind === "aside") return next?.kind === "aside" || next?.kind === "place";
+  return next?.kind === "place" && next.record.revision === effect.record.revision;
 }
 
 export function isDirty({ seen, known }: Entry): boolean {
@@ -202,6 +202,8 @@ function onPlaced(state: State, event: Extract<Event, { kind: "placed" | "kept" 
     entry.seen = versionOf(record);
     entry.etag = event.etag;
   }
+  // What is in a folder is not lost to a file that takes its place.
+  if (event.kind === "kept" && record.kind === "file" && entry.seen.kind === "folder") return [asideOf(state, entry)];
   if (record.revision > entry.base) goesBackTo(entry, record, record.revision);
   return settle(state, entry, "next");
 }
@@ -246,8 +248,12 @@ function nextFor(state: State, entry: Entry): Effect | undefined {
     return { kind: "propose", path, base, version: sent ?? seen };
   }
   const isLost = isDirty(entry) && seen.kind !== "gone" && !hasSameContent(seen, target);
-  if (isLost) return { kind: "aside", path, etag, to: conflictName(path, state.node, seen) };
+  if (isLost) return asideOf(state, entry);
   return { kind: "place", record: target, etag };
+}
+
+function asideOf({ node }: State, { path, etag, seen }: Entry): Effect {
+  return { kind: "aside", path, etag, to: conflictName(path, node, seen) };
 }
 
 function fresh(path: string): Entry {
