@@ -256,8 +256,7 @@ export class Simulation {
   /** False: to be tried again. */
   #place(node: Node, record: Record, tries: number): boolean {
     const { path, kind } = record;
-    if (node.tree.kind(path) === "folder" && kind !== "folder" && !this.#clearFolder(node, record, tries)) return false;
-    if (node.tree.kind(path) === "folder" && kind === "gone" && node.tree.below(path).length > 0) return true;
+    if (kind !== "folder" && node.tree.below(path).length > 0) return this.#clearFolder(node, record, tries);
     if (kind === "gone") node.tree.remove(path);
     else if (kind === "file" && !this.#hasContent(node, record)) return this.#giveUp(node, record, tries);
     else {
@@ -277,11 +276,9 @@ export class Simulation {
     return { kind, size, mtime: kind === "file" && this.#random.chance(0.1) ? mtime - 1 : mtime, sha256 };
   }
 
-  /** False while what is in a folder is about to change; a folder that stays full is kept, or goes aside for a file. */
+  /** False while what is in a folder is about to change; one that stays full is kept. */
   #clearFolder(node: Node, record: Record, tries: number): boolean {
-    const below = node.tree.below(record.path);
-    if (below.length === 0) return true;
-    for (const path of below) {
+    for (const path of node.tree.below(record.path)) {
       const entry = node.store.get(path);
       if (entry?.target) return false;
       if (entry?.etag === node.tree.etag(path)) continue;
@@ -289,8 +286,7 @@ export class Simulation {
       return false;
     }
     if (tries < OBSTACLE_LOOKS) return false;
-    if (record.kind === "gone") this.#dispatch(node, { kind: "kept", record });
-    else this.#rename(node, record.path, conflictName(record.path, node.name, FOLDER));
+    this.#dispatch(node, { kind: "kept", record });
     return true;
   }
 
