@@ -13,7 +13,16 @@
  * ever written. What does the effects of `step` is the simulator's own, and keeps the rules that cluster.ts has to keep.
  */
 import { Index } from "../index.ts";
-import { EmbeddedLedger, FOLDER, GONE, isSame, type Proposal, type Record, type Stretch, type Version } from "../ledger.ts";
+import {
+  EmbeddedLedger,
+  FOLDER,
+  GONE,
+  isSame,
+  type Proposal,
+  type Record,
+  type Stretch,
+  type Version,
+} from "../ledger.ts";
 import { conflictName, type Effect, type Event, isDirty, isWanted, resume, type State, step } from "../replica.ts";
 import {
   above,
@@ -261,7 +270,8 @@ export class Simulation {
     else if (kind === "file" && !this.#hasContent(node, record)) return this.#giveUp(node, record, tries);
     else {
       // A folder that has a record of its own comes by that.
-      if (above(path).some((folder) => node.tree.kind(folder) === "gone" && node.store.get(folder)?.target)) return false;
+      if (above(path).some((folder) => node.tree.kind(folder) === "gone" && node.store.get(folder)?.target))
+        return false;
       const { made, obstacle } = node.tree.makeAbove(path);
       for (const folder of made) this.#look(node, folder);
       if (obstacle) return this.#avoid(node, record, obstacle, tries);
@@ -498,7 +508,8 @@ export class Simulation {
     node.isUp = true;
     node.restart();
     this.#start(node);
-    if (node.number === 0) for (const other of this.#nodes) this.#soon(other, this.#random.int(1, 50), () => this.#connect(other));
+    if (node.number === 0)
+      for (const other of this.#nodes) this.#soon(other, this.#random.int(1, 50), () => this.#connect(other));
   }
 
   #start(node: Node): void {
@@ -526,7 +537,9 @@ export class Simulation {
   #fillRoot(node: Node): void {
     if (this.#random.chance(0.7)) return;
     const path = this.#random.pick(NAMES);
-    const version = this.#plan.isCalm ? this.#newFile(String(node.number)) : this.#newFile(`root${this.#random.int(1, 2)}`);
+    const version = this.#plan.isCalm
+      ? this.#newFile(String(node.number))
+      : this.#newFile(`root${this.#random.int(1, 2)}`);
     if (this.#plan.isCalm && node.number > 0) return;
     node.tree.makeAbove(path);
     node.tree.set(path, version);
@@ -547,7 +560,11 @@ export class Simulation {
     const path = this.#random.chance(0.6) || known.length === 0 ? this.#random.pick(NAMES) : this.#random.pick(known);
     const touched = this.#changeTree(node, path);
     if (touched.length === 0) return;
-    this.#say(node, () => `WRITES ${touched.map((name) => `${name}=${describeVersion(node.tree.paths.get(name)?.version ?? GONE)}`).join(" ")}`);
+    this.#say(
+      node,
+      () =>
+        `WRITES ${touched.map((name) => `${name}=${describeVersion(node.tree.paths.get(name)?.version ?? GONE)}`).join(" ")}`,
+    );
     const isClient = node.isUp && (this.#plan.isCalm || this.#random.chance(0.6));
     if (isClient) for (const name of touched) this.#look(node, name);
     // Another program's: its events may come late, and in any order, or are lost with a crash.

@@ -1,5 +1,15 @@
 /** What simulation.ts is made of: chance, time, and what stands in for a disk, for SQLite and for the ledger's file. */
-import { type Decision, decide, type Member, type Proposal, type Record, recordOf, type Stretch, stretchOf, type Version } from "../ledger.ts";
+import {
+  type Decision,
+  decide,
+  type Member,
+  type Proposal,
+  type Record,
+  recordOf,
+  type Stretch,
+  stretchOf,
+  type Version,
+} from "../ledger.ts";
 import { type Entries, type Entry, isDirty } from "../replica.ts";
 
 /** The same numbers for the same seed (mulberry32). */
