@@ -635,6 +635,17 @@ describe("who is trusted", () => {
 
 // ---------------------------------------------------------------------------------------------------- failover
 
+/** To all that it runs. One that has gone needs none. */
+function signal(server: Server, name: NodeJS.Signals): void {
+  for (const pid of [server.process.pid, ...server.workers()]) {
+    try {
+      process.kill(pid, name);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error;
+    }
+  }
+}
+
 /** As a machine that loses its power: nothing is said, and nobody takes its place. */
 function kill(server: Server): void {
   const workers = server.workers();
@@ -660,10 +671,12 @@ async function startCluster(root: string, size: number, args: string[]) {
     name(...servers: Server[]) {
       named = servers;
     },
-    /** One takes the place of the oldest, which dies; the master hears of it at once. */
+    /** One takes the place of the oldest, which dies; the master hears of it at once. Nothing comes meanwhile. */
     async replace() {
-      const [oldest] = replicas;
+      const [oldest, ...others] = replicas;
+      for (const server of replicas) signal(server, "SIGSTOP");
       await add();
+      for (const server of others) signal(server, "SIGCONT");
       replicas.shift();
       kill(oldest!);
       await oldest![Symbol.asyncDispose]();
