@@ -538,12 +538,19 @@ export class Versions implements Etags {
   readonly #isClustered: () => boolean;
   readonly #onFailure: (error: unknown) => void;
   #reader: IndexReader | undefined;
+  readonly #reopenMs: number;
   #isFailing = false;
   #tryAgainAt = 0;
   /** Whether something newer than what `of` was last asked for is elsewhere: saves small files a second look. */
   isBehind = false;
 
-  constructor(path: string, isClustered: () => boolean, onFailure: (error: unknown) => void) {
+  constructor(
+    path: string,
+    isClustered: () => boolean,
+    onFailure: (error: unknown) => void,
+    reopenMs: number = REOPEN_MS,
+  ) {
+    this.#reopenMs = reopenMs;
     this.#path = path;
     this.#isClustered = isClustered;
     this.#onFailure = onFailure;
@@ -586,7 +593,7 @@ export class Versions implements Etags {
       // Said once, until it could be read again.
       if (!this.#isFailing) this.#onFailure(error);
       this.#isFailing = true;
-      this.#tryAgainAt = performance.now() + REOPEN_MS;
+      this.#tryAgainAt = performance.now() + this.#reopenMs;
       this.reopen();
       return undefined;
     }

@@ -5,13 +5,30 @@
  */
 import { Database } from "bun:sqlite";
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { copyFileSync, existsSync, mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { connect, type Socket } from "node:net";
 import { networkInterfaces } from "node:os";
 import { join } from "node:path";
 import type { Socket as BunSocket } from "bun";
 import { openChanges } from "../changes.ts";
-import { addressOf, type ClusterState, type ForKeeper, type FromKeeper, Rotation, withTargets } from "../hub.ts";
+import {
+  addressOf,
+  type ClusterState,
+  type ForKeeper,
+  type FromKeeper,
+  Rotation,
+  Versions,
+  withTargets,
+} from "../hub.ts";
 import { Index } from "../index.ts";
 import { GONE, type Record as LedgerRecord, type Version } from "../ledger.ts";
 import {
@@ -771,6 +788,32 @@ describe("a version", () => {
     await waitFor("it is logged", () => server.log.some(({ event }) => event === "bug"));
     expect(server.log.filter(({ event }) => event === "bug")).toHaveLength(1);
   });
+});
+
+test("Versions.of() says once that the index cannot be read, and reads it again when it can", () => {
+  using tree = makeRoot({ f: "one" });
+  mkdirSync(join(tree.path, ".reprise"));
+  const file = join(tree.path, ".reprise", "index.sqlite");
+  const failures: unknown[] = [];
+  const versions = new Versions(
+    file,
+    () => true,
+    (error) => failures.push(error),
+    0,
+  );
+  expect(versions.of("f", "local")).toBe("local");
+  expect(failures).toHaveLength(0);
+  for (let round = 1; round <= 2; round++) {
+    writeFileSync(file, "no database at all".repeat(100));
+    for (let at = 0; at < 5; at++) expect(versions.of("f", "local")).toBe("local");
+    expect(failures).toHaveLength(round);
+    rmSync(file);
+    using index = openIndex(tree.path);
+    note(index, tree.path, "f", { digest: "ab".repeat(32) });
+    expect(versions.of("f", index.get("f")!.etag)).toBe("ab".repeat(16));
+    expect(versions.of("f", "other")).toBe("other");
+    versions.reopen();
+  }
 });
 
 test("withTargets() goes on as it was where nothing is elsewhere, and adds in order", async () => {
