@@ -452,12 +452,11 @@ export class Simulation {
 
   #prune(isLongAway: boolean): void {
     const { now } = this.#queue;
-    for (const { number, name, link, state, isUp } of this.#nodes) {
+    for (const { number, name, link, isUp } of this.#nodes) {
       const isThere = isUp && (link !== 0 || number === 0);
       // What it has said last may be older.
       const noted = this.#ledger.members().find((member) => member.node === name)?.revision;
       if (isThere) this.#ledger.note({ node: name, address: name, revision: noted ?? 0 }, now + FORGET_MEMBER_MS);
-      void state;
     }
     this.#ledger.prune(this.#nodes[0]!.state.cursor, isLongAway ? now + 1 + FORGET_MEMBER_MS : now);
     this.#say(undefined, () => `pruned${isLongAway ? ", and members forgotten" : ""}`);
