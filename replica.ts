@@ -247,7 +247,8 @@ function nextFor(state: State, entry: Entry): Effect | undefined {
     // It may be in the log already: what came after it is based on it.
     return { kind: "propose", path, base, version: sent ?? seen };
   }
-  const isLost = isDirty(entry) && seen.kind !== "gone" && !hasSameContent(seen, target);
+  // An empty folder is nothing to lose, and a full one does not give way to a file: see `kept`.
+  const isLost = isDirty(entry) && seen.kind === "file" && !hasSameContent(seen, target);
   if (isLost) return asideOf(state, entry);
   return { kind: "place", record: target, etag };
 }

@@ -249,6 +249,15 @@ describe("step() folders", () => {
     expect(me.take({ kind: "kept", record: gone })).toEqual([propose("d", 2, FOLDER)]);
   });
 
+  test("one that nobody knows of gives way to a file, unless it is full", () => {
+    const me = new Member();
+    me.take({ kind: "offline" });
+    me.take(seen("d", FOLDER, "folder"));
+    const made = record(1, "d", A);
+    expect(me.take(stretch(0, made))).toEqual([place(made, "folder")]);
+    expect(me.take({ kind: "kept", record: made })).toMatchObject([{ kind: "aside", path: "d" }]);
+  });
+
   test("one that stays full goes aside for a file", () => {
     const me = new Member().has(record(1, "d", FOLDER));
     const next = record(2, "d", A);
