@@ -185,8 +185,12 @@ class Keeper {
     return `${this.#settings.root}/.reprise/${LEDGER_FILE}`;
   }
 
-  /** What is seen of the tree may be old when it comes here: the keeper itself has changed it meanwhile. */
-  #takeFound(found: Finding[]): void {
+  /**
+   * What is seen of the tree may be old when it comes here: the keeper itself has changed it meanwhile. What it is changing
+   * now, and has not yet been told of, would be taken for somebody else's change.
+   */
+  async #takeFound(found: Finding[]): Promise<void> {
+    await this.#placer.applied(found.map(({ path }) => path));
     const stale: string[] = [];
     const events: Event[] = [];
     for (const finding of found) {

@@ -15,7 +15,7 @@ export const INDEX_FILE = "index.sqlite";
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS entries (
     path TEXT PRIMARY KEY, base INTEGER NOT NULL, etag TEXT NOT NULL, digest TEXT NOT NULL, open INTEGER NOT NULL,
-    revision INTEGER NOT NULL, seen TEXT NOT NULL, known TEXT, sent TEXT, target TEXT) WITHOUT ROWID;
+    revision INTEGER NOT NULL, seen TEXT NOT NULL, known TEXT, sent TEXT, target TEXT, passed TEXT) WITHOUT ROWID;
   CREATE INDEX IF NOT EXISTS open ON entries (path) WHERE open = 1;
   CREATE INDEX IF NOT EXISTS target ON entries (revision) WHERE target IS NOT NULL;
   CREATE INDEX IF NOT EXISTS revision ON entries (revision) WHERE revision > 0;
@@ -40,6 +40,8 @@ interface Row {
   known: string | null;
   sent: string | null;
   target: string | null;
+  /** Null for none. */
+  passed: string | null;
 }
 
 /** As the keeper has it, the only one that writes. */
@@ -60,7 +62,7 @@ export class Index implements Entries {
     for (const statement of SCHEMA.split(";")) this.#db.run(statement);
     this.#get = this.#db.query("SELECT * FROM entries WHERE path = ?");
     this.#seen = this.#db.query("SELECT etag, seen FROM entries WHERE path = ?");
-    this.#set = this.#db.query("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+    this.#set = this.#db.query("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
     this.#remove = this.#db.query("DELETE FROM entries WHERE path = ?");
   }
 
@@ -72,7 +74,7 @@ export class Index implements Entries {
   }
 
   set(entry: Entry): void {
-    const { path, base, etag, seen, known, sent, target } = entry;
+    const { path, base, etag, seen, known, sent, target, passed } = entry;
     this.#keep(path, entry);
     const [seenText, knownText] = [textOf(seen), textOf(known)];
     const isOpen = target !== undefined || sent !== undefined || seenText !== knownText;
@@ -87,6 +89,7 @@ export class Index implements Entries {
       knownText === seenText ? null : knownText,
       sent ? textOf(sent) : null,
       target ? JSON.stringify(target) : null,
+      passed.length > 0 ? JSON.stringify(passed) : null,
     );
   }
 
@@ -149,7 +152,10 @@ export class Index implements Entries {
     this.#kept.clear();
     const none = textOf(GONE);
     this.#db.run("DELETE FROM entries WHERE digest = '' AND seen = ?", [none]);
-    this.#db.run("UPDATE entries SET base = 0, revision = 0, open = 1, known = ?, sent = NULL, target = NULL", [none]);
+    this.#db.run(
+      "UPDATE entries SET base = 0, revision = 0, open = 1, known = ?, sent = NULL, target = NULL, passed = NULL",
+      [none],
+    );
   }
 
   /** The newest record of each path that is newer than `after`, in order: as far as the index goes, what a ledger says. */
@@ -255,6 +261,7 @@ function entryOf(row: Row): Entry {
     known: row.known === null ? seen : versionOf(row.known),
     sent: row.sent === null ? undefined : versionOf(row.sent),
     target: targetOf(row),
+    passed: row.passed === null ? [] : JSON.parse(row.passed),
   };
 }
 

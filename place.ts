@@ -63,6 +63,8 @@ export class Placer {
   /** Waiting for their next try. */
   readonly #later = new Map<string, Want>();
   readonly #large = new Set<string>();
+  /** Being placed, each until the index knows of it. */
+  readonly #applying = new Map<string, Promise<void>>();
   readonly #problems = new Map<string, string>();
   readonly #remotes = new Map<string, Remote>();
   #isWorking = false;
@@ -106,6 +108,15 @@ export class Placer {
     for (const want of this.#later.values()) this.#wanted.set(want.record.path, want);
     this.#later.clear();
     this.#work();
+  }
+
+  /** Resolves when none of these is being placed. */
+  async applied(paths: string[]): Promise<void> {
+    for (;;) {
+      const waiting = paths.map((path) => this.#applying.get(path)).filter((applying) => applying !== undefined);
+      if (waiting.length === 0) return;
+      await Promise.all(waiting);
+    }
   }
 
   /** Lets go of connections. */
@@ -332,6 +343,17 @@ export class Placer {
     if (still.length === 0) return;
     const wants = still.map(([, want]) => want);
     const changes = still.map(([at]) => changesOfAll[at]!);
+    const { promise, resolve } = Promise.withResolvers<void>();
+    for (const { record } of wants) this.#applying.set(record.path, promise);
+    try {
+      await this.#applyNow(wants, changes);
+    } finally {
+      for (const { record } of wants) this.#applying.delete(record.path);
+      resolve();
+    }
+  }
+
+  async #applyNow(wants: Want[], changes: Change[]): Promise<void> {
     const outcomes = await this.#options.changes
       .apply(changes)
       .catch((error) => wants.map(() => error as RepriseError));

@@ -24,6 +24,11 @@ export interface Entry {
   sent: Version | undefined;
   /** Newer than `base`. */
   target: Record | undefined;
+  /**
+   * sha256 of what was to be placed before `target` took its place, "" for a folder: the tree may hold it all the same, and
+   * it is no change.
+   */
+  passed: string[];
 }
 
 /** Where entries are kept; what is not there is a path of which nothing is known. */
@@ -125,6 +130,8 @@ export function conflictName(path: string, node: string, { mtime }: Version): st
 }
 
 const MAX_NAME_BYTES = 240;
+/** Versions of a path that are remembered while a newer one is to be placed. */
+const MAX_PASSED = 100;
 
 function cut(text: string, bytes: number): string {
   let kept = text;
@@ -160,6 +167,8 @@ function onRecord(state: State, record: Record): Effect[] {
   // Our own proposal, whose answer is still on its way or was lost: the tree may have changed since.
   if (entry.sent && isSame(entry.sent, record)) goesBackTo(entry, record, revision);
   else {
+    if (entry.target && entry.target.kind !== "gone")
+      entry.passed = [...entry.passed, entry.target.sha256].slice(-MAX_PASSED);
     entry.target = record;
     const ours = entry.sent ?? entry.seen;
     // It was made on what we have proposed, or are about to: nothing is lost by it.
@@ -205,14 +214,25 @@ function onPlaced(state: State, event: Extract<Event, { kind: "placed" | "kept" 
   // What is in a folder is not lost to a file that takes its place.
   if (event.kind === "kept" && record.kind === "file" && entry.seen.kind === "folder") return [asideOf(state, entry)];
   if (record.revision > entry.base) goesBackTo(entry, record, record.revision);
+  else if (event.kind === "placed" && record.revision < entry.base) wasLate(entry, record);
   return settle(state, entry, "next");
+}
+
+/** What was being placed when something newer needed nothing to be done: that is to be placed now. */
+function wasLate(entry: Entry, placed: Record): void {
+  const { path, base, known } = entry;
+  entry.target ??= { path, revision: base, ...known, origin: "", over: placed.sha256 };
+  entry.base = placed.revision;
+  entry.known = versionOf(placed);
 }
 
 function goesBackTo(entry: Entry, known: Version, base: number): void {
   entry.base = base;
   entry.known = versionOf(known);
   entry.sent = undefined;
-  if (entry.target && entry.target.revision <= base) entry.target = undefined;
+  if (entry.target && entry.target.revision > base) return;
+  entry.target = undefined;
+  entry.passed = [];
 }
 
 /**
@@ -235,9 +255,15 @@ function settle(state: State, entry: Entry, asked: "next" | "again" | undefined)
 function resolve(entry: Entry): void {
   const { target, seen, sent } = entry;
   if (!target || sent) return;
+  if (isPassed(entry, target)) entry.known = seen;
   if (isSame(seen, target)) goesBackTo(entry, target, target.revision);
   // A change beats a deletion: it is proposed on it.
   else if (target.kind === "gone" && isDirty(entry)) goesBackTo(entry, target, target.revision);
+}
+
+/** What the tree holds was in the log before `target`. It was placed, and the keeper ended or saw it before it was told so. */
+function isPassed({ seen, passed }: Entry, { over }: Record): boolean {
+  return seen.kind !== "gone" && (passed.includes(seen.sha256) || (seen.kind === "file" && seen.sha256 === over));
 }
 
 function nextFor(state: State, entry: Entry): Effect | undefined {
@@ -258,7 +284,7 @@ function asideOf({ node }: State, { path, etag, seen }: Entry): Effect {
 }
 
 function fresh(path: string): Entry {
-  return { path, base: 0, known: GONE, seen: GONE, etag: "", sent: undefined, target: undefined };
+  return { path, base: 0, known: GONE, seen: GONE, etag: "", sent: undefined, target: undefined, passed: [] };
 }
 
 function versionOf({ kind, size, mtime, sha256 }: Version): Version {

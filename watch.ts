@@ -32,7 +32,7 @@ export class Observer {
   readonly #root: Root;
   readonly #index: Index;
   /** Takes findings in; those that are no longer true it leaves out. */
-  readonly #take: (found: Finding[]) => void;
+  readonly #take: (found: Finding[]) => Promise<void>;
   readonly #onError: (error: unknown) => void;
   #watcher: FSWatcher | undefined;
   #gathered = new Set<string>();
@@ -42,7 +42,7 @@ export class Observer {
   constructor(
     root: Root,
     index: Index,
-    { take, onError }: { take: (found: Finding[]) => void; onError: (error: unknown) => void },
+    { take, onError }: { take: (found: Finding[]) => Promise<void>; onError: (error: unknown) => void },
   ) {
     this.#root = root;
     this.#index = index;
@@ -66,7 +66,7 @@ export class Observer {
   /** Looks at these paths, and at all that is below them; resolves when it is taken in. */
   async examine(paths: Iterable<string>): Promise<void> {
     for (const path of paths) await this.#examineOne(path).catch(this.#onError);
-    this.#handOn();
+    await this.#handOn();
   }
 
   /** Whether what was found is what the tree has now. */
@@ -151,7 +151,7 @@ export class Observer {
     if (this.#index.isSeen(path, kind, etag)) return;
     if (kind === "folder") this.#report(path, FOLDER, "");
     else await this.#hash(path);
-    if (this.#found.length >= MAX_FOUND) this.#handOn();
+    if (this.#found.length >= MAX_FOUND) await this.#handOn();
   }
 
   #reportGoneBelow(folder: string, seen: Set<string>): void {
@@ -187,10 +187,10 @@ export class Observer {
     this.#found.push({ path, version, etag });
   }
 
-  #handOn(): void {
+  async #handOn(): Promise<void> {
     const found = this.#found;
     this.#found = [];
-    if (found.length > 0) this.#take(found);
+    if (found.length > 0) await this.#take(found);
   }
 }
 

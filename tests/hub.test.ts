@@ -645,7 +645,16 @@ function note(
   const meta = folder.look(name);
   folder.close();
   const seen: Version = meta && digest ? { kind: "file", size: meta.size, mtime: meta.mtime, sha256: digest } : GONE;
-  index.set({ path: name, base: 1, known: seen, seen, etag: digest ? meta!.etag : "", sent: undefined, target });
+  index.set({
+    path: name,
+    base: 1,
+    known: seen,
+    seen,
+    etag: digest ? meta!.etag : "",
+    sent: undefined,
+    target,
+    passed: [],
+  });
 }
 
 const target = (path: string, more: Partial<LedgerRecord> = {}): LedgerRecord => ({
