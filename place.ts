@@ -62,7 +62,7 @@ export class Placer {
   readonly #wanted = new Map<string, Want>();
   /** Waiting for their next try. */
   readonly #later = new Map<string, Want>();
-  readonly #large = new Set<string>();
+  readonly #large = new Map<string, Want>();
   /** Being placed, each until the index knows of it. */
   readonly #applying = new Map<string, Promise<void>>();
   readonly #problems = new Map<string, string>();
@@ -164,11 +164,25 @@ export class Placer {
     );
   }
 
-  #clear(wants: Want[]): Promise<void> {
+  #clear(all: Want[]): Promise<void> {
+    const wants = this.#withoutNeeded(all);
     return this.#apply(
       wants,
       wants.map(({ record: { path }, etag }) => ({ action: "clear", path, etag })),
     );
+  }
+
+  /** What is still to be copied to another name goes later. */
+  #withoutNeeded(wants: Want[]): Want[] {
+    if (wants.length === 0) return wants;
+    const needed = new Set<string>();
+    for (const waiting of [this.#wanted, this.#later, this.#large])
+      for (const { record } of waiting.values()) if (record.kind === "file") needed.add(record.sha256);
+    return wants.filter((want) => {
+      const isNeeded = needed.has(this.#options.index.get(want.record.path)?.seen.sha256 ?? "");
+      if (isNeeded) this.#tryLater({ ...want, tries: 0 });
+      return !isNeeded;
+    });
   }
 
   // ------------------------------------------------------------------------------------------------ files
@@ -231,7 +245,7 @@ export class Placer {
 
   async #placeLarge(want: Want): Promise<void> {
     const { path } = want.record;
-    this.#large.add(path);
+    this.#large.set(path, want);
     let upload: Upload | undefined;
     try {
       if ((await this.#withoutFolders([want])).length === 0) return;

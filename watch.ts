@@ -38,7 +38,7 @@ export class Observer {
   #gathered = new Set<string>();
   #timer: Timer | undefined;
   #scanTimer: Timer | undefined;
-  #found: Finding[] = [];
+
   constructor(
     root: Root,
     index: Index,
@@ -65,8 +65,10 @@ export class Observer {
 
   /** Looks at these paths, and at all that is below them; resolves when it is taken in. */
   async examine(paths: Iterable<string>): Promise<void> {
-    for (const path of paths) await this.#examineOne(path).catch(this.#onError);
-    await this.#handOn();
+    const found = new Findings();
+    for (const path of paths) await this.#examineOne(path, found).catch(this.#onError);
+    await this.#handOn(found.present.splice(0));
+    await this.#handOn(found.gone);
   }
 
   /** Whether what was found is what the tree has now. */
@@ -99,73 +101,73 @@ export class Observer {
     }, GATHER_MS);
   }
 
-  async #examineOne(path: string): Promise<void> {
+  async #examineOne(path: string, found: Findings): Promise<void> {
     const there = path === "" ? ({ kind: "folder" } as const) : this.#look(path);
     const known = path === "" ? undefined : this.#index.get(path);
     if (there === UNKNOWN) return;
     if (there?.kind === "file") {
-      if (known?.seen.kind !== "file" || known.etag !== there.etag) await this.#hash(path);
-      if (known?.seen.kind === "folder") this.#reportGoneBelow(path, new Set());
+      if (known?.seen.kind !== "file" || known.etag !== there.etag) await this.#hash(path, found);
+      if (known?.seen.kind === "folder") this.#reportGoneBelow(path, new Set(), found);
       return;
     }
     if (!there) {
-      if (known && known.seen.kind !== "gone") this.#report(path, GONE, "");
+      if (known && known.seen.kind !== "gone") found.add(path, GONE, "");
       // Something was there as a folder, or its entry is that of a folder that went long ago.
-      return this.#reportGoneBelow(path, new Set());
+      return this.#reportGoneBelow(path, new Set(), found);
     }
     if (path !== "") {
-      this.#examineParents(path);
-      if (known?.seen.kind !== "folder") this.#report(path, FOLDER, "");
+      this.#examineParents(path, found);
+      if (known?.seen.kind !== "folder") found.add(path, FOLDER, "");
     }
-    await this.#examineBelow(path);
+    await this.#examineBelow(path, found);
   }
 
   /** What is made with the folders above it is one change of all of them. */
-  #examineParents(path: string): void {
+  #examineParents(path: string, found: Findings): void {
     for (let at = path.lastIndexOf("/"); at > 0; at = path.lastIndexOf("/", at - 1)) {
       const folder = path.slice(0, at);
       if (this.#index.get(folder)?.seen.kind === "folder") return;
-      this.#report(folder, FOLDER, "");
+      found.add(folder, FOLDER, "");
     }
   }
 
-  async #examineBelow(folder: string): Promise<void> {
+  async #examineBelow(folder: string, found: Findings): Promise<void> {
     const seen = new Set<string>();
     try {
       for await (const entries of this.#root.list(folder, true, true)) {
         for (const entry of entries) {
           const path = folder === "" ? entry.path : `${folder}/${entry.path}`;
           seen.add(path);
-          await this.#compare(path, entry);
+          await this.#compare(path, entry, found);
         }
       }
     } catch (error) {
       // A list that is cut says nothing of what is missing from it.
-      if (error instanceof RepriseError && error.code === "not_found") return this.#examineOne(folder);
+      if (error instanceof RepriseError && error.code === "not_found") return this.#examineOne(folder, found);
       throw error;
     }
-    this.#reportGoneBelow(folder, seen);
+    this.#reportGoneBelow(folder, seen, found);
   }
 
-  async #compare(path: string, { kind, etag = "" }: Listed): Promise<void> {
+  async #compare(path: string, { kind, etag = "" }: Listed, found: Findings): Promise<void> {
     if (this.#index.isSeen(path, kind, etag)) return;
-    if (kind === "folder") this.#report(path, FOLDER, "");
-    else await this.#hash(path);
-    if (this.#found.length >= MAX_FOUND) await this.#handOn();
+    if (kind === "folder") found.add(path, FOLDER, "");
+    else await this.#hash(path, found);
+    if (found.present.length >= MAX_FOUND) await this.#handOn(found.present.splice(0));
   }
 
-  #reportGoneBelow(folder: string, seen: Set<string>): void {
+  #reportGoneBelow(folder: string, seen: Set<string>, found: Findings): void {
     for (const { path, seen: version } of this.#index.below(folder)) {
-      if (version.kind !== "gone" && !seen.has(path) && this.#look(path) === undefined) this.#report(path, GONE, "");
+      if (version.kind !== "gone" && !seen.has(path) && this.#look(path) === undefined) found.add(path, GONE, "");
     }
   }
 
   /** A file that changes while it is hashed is looked at again: the kernel says when. */
-  async #hash(path: string): Promise<void> {
-    this.#examineParents(path);
+  async #hash(path: string, found: Findings): Promise<void> {
+    this.#examineParents(path, found);
     try {
-      const found = await hashOf(this.#root, path);
-      this.#report(path, found.version, found.etag);
+      const { version, etag } = await hashOf(this.#root, path);
+      found.add(path, version, etag);
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
       if (error.code === "changed" || error.code === "not_found") this.#gather(path);
@@ -183,14 +185,18 @@ export class Observer {
     }
   }
 
-  #report(path: string, version: Version, etag: string): void {
-    this.#found.push({ path, version, etag });
-  }
-
-  async #handOn(): Promise<void> {
-    const found = this.#found;
-    this.#found = [];
+  async #handOn(found: Finding[]): Promise<void> {
     if (found.length > 0) await this.#take(found);
+  }
+}
+
+/** Of one look. What is gone comes last: then what was renamed is known by its new name, wherever its old one is removed. */
+class Findings {
+  readonly present: Finding[] = [];
+  readonly gone: Finding[] = [];
+
+  add(path: string, version: Version, etag: string): void {
+    (version.kind === "gone" ? this.gone : this.present).push({ path, version, etag });
   }
 }
 
