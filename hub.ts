@@ -18,6 +18,7 @@ import {
   encodeError,
   encodeLink,
   type Frame,
+  quote,
   RepriseError,
 } from "./protocol.ts";
 import { type Etags, isHidden } from "./storage.ts";
@@ -30,6 +31,9 @@ export const LEDGER = ".reprise/ledger.sqlite";
 const ETAG_DIGITS = 32;
 /** An index that could not be read is tried again after that. */
 const REOPEN_MS = 1_000;
+/** A change waits for what it is to be made on so long, and looks this often whether it is here. */
+const CATCH_UP_MS = 10_000;
+const CATCH_UP_POLL_MS = 5;
 /** What a link may have to send that its peer does not take. */
 const MAX_UNSENT_BYTES = 16 * 1024 * 1024;
 /** A process that lived shorter than this is started again with a wait: none at first, then this, doubled each time. */
@@ -394,6 +398,24 @@ export class Hub {
     return promise;
   }
 
+  /** Resolves when what counts of these paths is here, for a change to be made on it. Throws `busy`, `shutting_down`. */
+  async caughtUp(paths: string[]): Promise<void> {
+    if (!this.isClustered) return;
+    const end = performance.now() + CATCH_UP_MS;
+    for (const path of withParents(paths)) {
+      while (this.targetOf(path) || this.#hasTargetsBelow(path, paths)) {
+        if (this.#isStopping) throw new RepriseError("shutting_down");
+        if (performance.now() > end)
+          throw new RepriseError("busy", `what others have made of ${quote(path)} is still on its way to this server`);
+        await Bun.sleep(CATCH_UP_POLL_MS);
+      }
+    }
+  }
+
+  #hasTargetsBelow(path: string, paths: string[]): boolean {
+    return paths.includes(path) && this.targetsBelow(path).size > 0;
+  }
+
   /** [link] Begins one; `unlink` is to follow. */
   link(connection: Connection, message: object): Link {
     const id = ++this.#last;
@@ -439,6 +461,14 @@ export class Hub {
     const start = folder === "" ? 0 : folder.length + 1;
     return new Map(targets.map((target) => [target.path.slice(start), target]));
   }
+}
+
+/** Each with the folders that it is in. */
+function withParents(paths: string[]): Set<string> {
+  const all = new Set(paths);
+  for (const path of paths)
+    for (let at = path.indexOf("/"); at > 0; at = path.indexOf("/", at + 1)) all.add(path.slice(0, at));
+  return all;
 }
 
 /** Of `host:port`, with an IPv6 address in brackets. */

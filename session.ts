@@ -606,8 +606,11 @@ export class Session {
   /** Each has its outcome, whatever happens: one too few, and all behind it would be taken for another's. */
   async #make(group: Pending[], changes: Changes): Promise<Outcome[]> {
     try {
+      const paths = group.flatMap(({ change }) => pathsOf(change)).map((path) => this.#whole(path));
+      await this.#worker.hub.caughtUp(paths);
       return await changes.apply(group.map(({ change }) => change));
     } catch (error) {
+      if (isOver(error)) throw this.#loggedFor(group, error);
       this.#statusOf(error);
       return group.map(() => asReprise(error));
     } finally {
@@ -624,12 +627,16 @@ export class Session {
       this.#onLost = lost.reject;
       await Promise.race([this.#worker.hub.announce(paths), lost.promise]);
     } catch (error) {
-      for (const { change, startedAt, bytes } of group)
-        this.#logRequest(change, startedAt, bytes, this.#statusOf(error));
-      throw error;
+      throw this.#loggedFor(group, error);
     } finally {
       this.#onLost = undefined;
     }
+  }
+
+  /** What ends the connection is the outcome of all of them. */
+  #loggedFor(group: Pending[], error: unknown): unknown {
+    for (const { change, startedAt, bytes } of group) this.#logRequest(change, startedAt, bytes, this.#statusOf(error));
+    return error;
   }
 
   /** By now the version may have another name than the one it was made with. */
