@@ -1,0 +1,451 @@
+/**
+ * A master and the servers that have joined it: whatever changes in one tree is soon in all, and nothing that was
+ * acknowledged is lost, whoever is killed, stopped, separated or full meanwhile.
+ */
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import {
+  appendFileSync,
+  cpSync,
+  linkSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  truncateSync,
+  unlinkSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
+import { join } from "node:path";
+import { parseServers, Remote } from "../client.ts";
+import { EmbeddedLedger } from "../ledger.ts";
+import type { Meta } from "../protocol.ts";
+import type { ResumeLog, Target } from "../resume.ts";
+import type { Source } from "../source.ts";
+import { type Cluster, type Node, startCluster, statusOf } from "./clusters.ts";
+import { startProxy } from "./faults/proxy.ts";
+import {
+  type Files,
+  killHard,
+  makeRoot,
+  mountSmall,
+  randomBytes,
+  runClient,
+  seeded,
+  sha256,
+  spawnClient,
+  startServer,
+  TEST_MS,
+  temporaryFolder,
+  treeOf,
+  waitFor,
+  writeLargeFile,
+  writeTree,
+} from "./fixtures.ts";
+
+setDefaultTimeout(TEST_MS);
+
+const MIB = 1024 * 1024;
+
+/** A file of bytes in memory, for an upload. */
+function sourceOf(name: string, content: Uint8Array, mtime: number): Source {
+  return {
+    name,
+    size: content.length,
+    mtime,
+    read: async (offset, into) => {
+      const piece = content.subarray(offset, offset + into.length);
+      into.set(piece);
+      return piece.length;
+    },
+    sum: async () => undefined,
+    verify: () => {},
+    renew: () => {},
+    close: () => {},
+  };
+}
+
+/** What comes of a download, in memory. */
+class Received implements Target {
+  etag = "";
+  readonly end = undefined;
+  readonly restartable = true;
+  #chunks: Uint8Array[] = [];
+  bytes = 0;
+
+  begin({ etag }: Meta): void {
+    this.etag = etag;
+  }
+
+  async append(chunk: Uint8Array, _: number, free: (chunk: Uint8Array) => void): Promise<void> {
+    this.#chunks.push(chunk.slice());
+    this.bytes += chunk.length;
+    free(chunk);
+  }
+
+  async settle(): Promise<void> {}
+
+  reset(): void {
+    this.#chunks = [];
+    this.bytes = 0;
+  }
+
+  get content(): Buffer {
+    return Buffer.concat(this.#chunks);
+  }
+}
+
+/** The server itself, not whom it would send a client to. */
+function remoteOf({ server }: Node): Remote {
+  return new Remote({ servers: parseServers(server.address), direct: true });
+}
+
+async function put(remote: Remote, path: string, content: Uint8Array, mtime = 1.7e15): Promise<Meta> {
+  const options = { path, id: "", noClobber: false, etag: "", parents: true };
+  return remote.upload(options, sourceOf(path, content, mtime));
+}
+
+async function read(remote: Remote, path: string): Promise<Buffer> {
+  const target = new Received();
+  await remote.download(path, target);
+  return target.content;
+}
+
+async function namesIn(remote: Remote, path: string, recursive = false): Promise<string[]> {
+  const names: string[] = [];
+  for await (const entry of remote.list(path, recursive)) names.push(entry.path);
+  return names;
+}
+
+/** The tree below one folder of a node; nothing where there is none. */
+function treeIn({ root }: Node, folder: string): string[] {
+  try {
+    return treeOf(join(root, folder));
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+    return [];
+  }
+}
+
+/** What a folder has, by name and content: no times. */
+function filesIn({ root }: Node, folder: string): Record<string, string> {
+  const found: Record<string, string> = {};
+  for (const name of readdirSync(join(root, folder)).sort()) {
+    const path = join(root, folder, name);
+    found[name] = statSync(path).isDirectory() ? "(folder)" : readFileSync(path, "utf8");
+  }
+  return found;
+}
+
+/** Waits until all have what one has in a folder. */
+async function reachesAll(cluster: Cluster, from: Node, folder: string): Promise<string[]> {
+  await waitFor(`all have what ${from.name} has in ${folder}`, () => {
+    const tree = treeIn(from, folder);
+    return cluster.nodes.every((node) => Bun.deepEquals(treeIn(node, folder), tree));
+  });
+  return treeIn(from, folder);
+}
+
+/** What all members have sent of paths that begin so. */
+function getsOf(nodes: Node[], start: string) {
+  return nodes
+    .flatMap(({ server }) => server.log)
+    .filter(({ event, path }) => event === "get" && path?.startsWith(start));
+}
+
+const bytesOf = (lines: { bytes?: number }[]) => lines.reduce((sum, { bytes = 0 }) => sum + bytes, 0);
+
+/** kill -9 of all its processes at once. */
+async function killAll(node: Node): Promise<void> {
+  const children = node.server.workers();
+  const killed = node.kill();
+  for (const pid of children) killHard(pid);
+  await killed;
+}
+
+// ---------------------------------------------------------------------------------------------------- changes
+
+describe("changes", () => {
+  let cluster: Cluster;
+  beforeAll(async () => {
+    cluster = await startCluster({ replicas: 2, files: { "there/before": "since before anybody joined" } });
+  });
+  afterAll(() => cluster[Symbol.asyncDispose]());
+  const nodeAt = (at: number) => cluster.nodes[at % cluster.nodes.length]!;
+
+  test.each([0, 1, 2])("put, rm, mv, mkdir through node %d reach every member", async (at) => {
+    using folder = makeRoot({
+      file: "a file",
+      "tree/one.txt": "1",
+      "tree/sub/two": randomBytes(700_000, at + 1),
+      "tree/sub/zwölf ü.bin": "",
+      "tree/empty/": "",
+    });
+    utimesSync(join(folder.path, "file"), 1234, 987_654.321);
+    const { address } = nodeAt(at).server;
+    const top = `client${at}`;
+    const run = async (...args: string[]) => {
+      const { status, errors } = await runClient(address, args, { cwd: folder.path });
+      expect([args[0], status, errors]).toEqual([args[0], 0, ""]);
+    };
+    await run("mkdir", "-p", `${top}/made`);
+    await run("put", "-q", "file", "-t", `${top}/file`);
+    await run("put", "-q", "-r", "tree", "-t", top);
+    await cluster.settled();
+    expect(treeIn(nodeAt(at + 1), `${top}/tree`)).toEqual(treeOf(join(folder.path, "tree")));
+    const [file] = treeOf(folder.path);
+    expect(file).toMatch(/^file file 6 98765432\d{4} /);
+    expect(treeIn(nodeAt(at + 1), top)).toContain(file!);
+    await run("mv", `${top}/file`, `${top}/made/renamed`);
+    await run("mv", `${top}/tree`, `${top}/made/tree`);
+    await cluster.settled();
+    expect(treeIn(nodeAt(at + 2), `${top}/made/tree`)).toEqual(treeOf(join(folder.path, "tree")));
+    await run("rm", `${top}/made/renamed`);
+    await run("rm", "-r", `${top}/made/tree/sub`);
+    await cluster.settled();
+    for (const node of cluster.nodes) {
+      const names = treeIn(node, top).map((line) => line.split(" ").slice(0, 2).join(" "));
+      const left = ["made folder", "made/tree folder", "made/tree/empty folder", "made/tree/one.txt file"];
+      expect(names).toEqual(left);
+    }
+  });
+
+  /** By any other program, in the root of one member. */
+  const CHANGES: [string, (folder: string, elsewhere: string) => void][] = [
+    ["written", (folder) => writeFileSync(join(folder, "file"), "new")],
+    ["appended to", (folder) => appendFileSync(join(folder, "file"), " and more")],
+    ["truncated", (folder) => truncateSync(join(folder, "file"), 2)],
+    ["touched", (folder) => utimesSync(join(folder, "file"), 5, 12_345.678)],
+    ["renamed", (folder) => renameSync(join(folder, "file"), join(folder, "renamed"))],
+    ["removed", (folder) => unlinkSync(join(folder, "file"))],
+    [
+      "replaced by a folder",
+      (folder) => {
+        rmSync(join(folder, "other"));
+        writeTree(folder, { "other/in/it": "x" });
+      },
+    ],
+    [
+      "replaced by a file again",
+      (folder) => {
+        rmSync(join(folder, "sub"), { recursive: true });
+        writeFileSync(join(folder, "sub"), "a file now");
+      },
+    ],
+    [
+      "moved in as a folder with many",
+      (folder, elsewhere) => {
+        for (let count = 0; count < 600; count++) writeTree(elsewhere, { [`${count % 7}/${count}`]: `${count}` });
+        renameSync(elsewhere, join(folder, "many"));
+      },
+    ],
+    ["given a second name", (folder) => linkSync(join(folder, "file"), join(folder, "second"))],
+    [
+      "written with its size and time as before",
+      (folder) => {
+        const { atime, mtime } = statSync(join(folder, "file"));
+        writeFileSync(join(folder, "file"), "the first".split("").reverse().join(""));
+        utimesSync(join(folder, "file"), atime, mtime);
+      },
+    ],
+    ["moved as a folder", (folder) => renameSync(join(folder, "sub"), join(folder, "moved"))],
+  ];
+
+  test.each(CHANGES)("what any program has %s in a root reaches every member", async (what, change) => {
+    const names = CHANGES.map(([name]) => name);
+    const node = nodeAt(names.indexOf(what));
+    const folder = `any/${what}`;
+    writeTree(node.root, { [`${folder}/file`]: "the first", [`${folder}/other`]: "2", [`${folder}/sub/a/b`]: "3" });
+    const before = await reachesAll(cluster, node, folder);
+    expect(before.length).toBe(5);
+    using elsewhere = temporaryFolder(join(node.root, "..", ".."));
+    change(join(node.root, folder), elsewhere.path);
+    const after = await reachesAll(cluster, node, folder);
+    expect(after).not.toEqual(before);
+    mkdirSync(elsewhere.path, { recursive: true });
+  });
+
+  test.each([0, 1])("what was changed while node %d was down reaches every member", async (at) => {
+    const node = nodeAt(at);
+    const folder = `down${at}`;
+    const files: Files = { file: "the first", gone: "x", "sub/a": "1", "sub/b": "2", same: "same" };
+    for (const [name, content] of Object.entries(files)) writeTree(node.root, { [`${folder}/${name}`]: content });
+    await reachesAll(cluster, node, folder);
+    await node.server.stop("SIGTERM");
+    const path = join(node.root, folder);
+    writeFileSync(join(path, "file"), "the second");
+    unlinkSync(join(path, "gone"));
+    renameSync(join(path, "sub"), join(path, "moved"));
+    writeTree(path, { "new/file": randomBytes(300_000, 5) });
+    await node.start();
+    await cluster.live();
+    const after = await reachesAll(cluster, node, folder);
+    expect(after.map((line) => line.split(" ")[0])).toEqual([
+      "file",
+      "moved",
+      "moved/a",
+      "moved/b",
+      "new",
+      "new/file",
+      "same",
+    ]);
+  });
+
+  test("a client that asks another member at once gets what was put, 200 times", async () => {
+    const random = seeded(5);
+    const remotes = cluster.nodes.map(remoteOf);
+    const sizes = [1, 100, 4096, 65_536, 262_144, 262_145, 1_000_000, 5_000_000];
+    const known = new Map<string, Uint8Array>();
+    try {
+      for (let round = 0; round < 200; round++) {
+        const path = `asked/${random(3)}/${random(6)}`;
+        const content = randomBytes(sizes[random(random(4) > 0 ? 6 : sizes.length)]!, round + 1);
+        const at = random(3);
+        const { etag, size } = await put(remotes[at]!, path, content, 1.6e15 + round * 1e6);
+        known.set(path, content);
+        const other = remotes[(at + 1 + random(2)) % 3]!;
+        expect([round, await other.stat(path)]).toEqual([
+          round,
+          { kind: "file", size, mtime: 1.6e15 + round * 1e6, etag },
+        ]);
+        expect([round, (await read(other, path)).equals(content)]).toEqual([round, true]);
+        const all = await namesIn(remotes[random(3)]!, "asked", true);
+        const paths = [...known.keys()].map((path) => path.slice("asked/".length)).sort();
+        expect([round, all.filter((name) => name.includes("/")).sort()]).toEqual([round, paths]);
+      }
+      for (const remote of remotes)
+        for (const [path, content] of known) expect((await read(remote, path)).equals(content)).toBe(true);
+    } finally {
+      for (const remote of remotes) remote.close();
+    }
+  });
+
+  test("a file that was removed or renamed through one is not found through another at once", async () => {
+    const remotes = cluster.nodes.map(remoteOf);
+    try {
+      for (let round = 0; round < 30; round++) {
+        const [one, other] = [remotes[round % 3]!, remotes[(round + 1) % 3]!];
+        await put(one, "short/lived", randomBytes(10, round + 1));
+        await other.move("short/lived", "short/renamed");
+        expect((await one.stat("short/renamed")).size).toBe(10);
+        expect(await one.stat("short/lived").catch(({ code }) => code)).toBe("not_found");
+        await one.remove("short/renamed");
+        expect(await other.stat("short/renamed").catch(({ code }) => code)).toBe("not_found");
+        expect(await namesIn(other, "short")).toEqual([]);
+        await other.remove("short", true);
+        expect(await namesIn(one, "short").catch(({ code }) => code)).toBe("not_found");
+      }
+    } finally {
+      for (const remote of remotes) remote.close();
+    }
+  });
+
+  test("get -r at once after put -r misses nothing", async () => {
+    const files: Files = { "big/a": randomBytes(3_000_000, 7), "big/b": randomBytes(900_000, 8), "none/": "" };
+    for (let count = 0; count < 300; count++) files[`d${count % 5}/f${count}`] = `${count}`;
+    using tree = makeRoot(files);
+    using got = temporaryFolder();
+    for (const [from, to] of [
+      [0, 1],
+      [1, 2],
+      [2, 0],
+    ] as const) {
+      const name = `r${from}`;
+      const putting = await runClient(nodeAt(from).server.address, ["put", "-q", "-r", tree.path, "-t", name]);
+      expect([putting.status, putting.errors]).toEqual([0, ""]);
+      const getting = await runClient(nodeAt(to).server.address, ["get", "-q", "-r", name, "-d", got.path]);
+      expect([getting.status, getting.errors]).toEqual([0, ""]);
+      expect(treeOf(join(got.path, name))).toEqual(treeOf(tree.path));
+    }
+  });
+
+  test("renamed and copied content moves no bytes between members", async () => {
+    const [a, b, c] = cluster.nodes as [Node, Node, Node];
+    const files: Files = {};
+    for (let count = 0; count < 8; count++) files[`large${count}`] = randomBytes(MIB, 900 + count);
+    for (let count = 0; count < 400; count++) files[`small/${count}`] = `small ${count}`;
+    for (const [name, content] of Object.entries(files)) writeTree(b.root, { [`bytes/${name}`]: content });
+    await reachesAll(cluster, b, "bytes");
+    const sent = () => bytesOf(getsOf(cluster.nodes, "bytes"));
+    const total = Object.values(files).reduce((sum, content) => sum + content.length, 0);
+    await waitFor("what was sent is logged", () => sent() === 2 * total);
+    const remote = remoteOf(c);
+    await remote.move("bytes", "bytes2");
+    remote.close();
+    await reachesAll(cluster, c, "bytes2");
+    await reachesAll(cluster, c, "bytes");
+    renameSync(join(a.root, "bytes2"), join(a.root, "bytes3"));
+    await reachesAll(cluster, a, "bytes3");
+    await reachesAll(cluster, a, "bytes2");
+    cpSync(join(b.root, "bytes3"), join(b.root, "bytes4"), { recursive: true });
+    await reachesAll(cluster, b, "bytes4");
+    utimesSync(join(a.root, "bytes4/large0"), 1, 1);
+    await reachesAll(cluster, a, "bytes4");
+    expect(treeIn(c, "bytes4").length).toBe(409);
+    // What was sent before that is logged by now.
+    await reachesAll(cluster, b, "bytes4");
+    expect(sent()).toBe(2 * total);
+  });
+
+  test("a download goes on at another member with the same etag", async () => {
+    const [, b, c] = cluster.nodes as [Node, Node, Node];
+    using folder = temporaryFolder();
+    const digest = writeLargeFile(join(b.root, "resumed.bin"), 12 * MIB, 77);
+    await cluster.settled();
+    const remotes = cluster.nodes.map(remoteOf);
+    const etags = await Promise.all(remotes.map(async (remote) => (await remote.stat("resumed.bin")).etag));
+    for (const remote of remotes) remote.close();
+    expect(new Set(etags).size).toBe(1);
+    const file = join(folder.path, "resumed.bin");
+    const args = ["get", "resumed.bin", "-q", "-d", folder.path];
+    const child = spawnClient(b.server.address, [...args, "--limit-rate", "8M"]);
+    const log = () => JSON.parse(readFileSync(`${file}.resume.json`, "utf8")) as ResumeLog;
+    const isThere = () => readdirSync(folder.path).includes("resumed.bin.resume.json");
+    await waitFor("some of it has come", () => isThere() && log().bytes > 2 * MIB);
+    child.kill("SIGKILL");
+    await child.exited;
+    const held = log().bytes;
+    const run = await runClient(c.server.address, args);
+    expect([run.status, run.errors]).toEqual([0, ""]);
+    expect(await sha256(file)).toBe(digest);
+    const rest = await waitFor("it is logged", () =>
+      c.server.log.find(({ event, path, offset = 0 }) => event === "get" && path === "resumed.bin" && offset > 0),
+    );
+    expect([rest.offset, rest.bytes]).toEqual([held, 12 * MIB - held]);
+  });
+
+  test("get --segments takes ranges from several members", async () => {
+    using folder = temporaryFolder();
+    const digest = writeLargeFile(join(cluster.master.root, "segments.bin"), 24 * MIB, 78);
+    await cluster.settled();
+    const from = () => getsOf(cluster.replicas, "segments.bin").length;
+    const before = from();
+    const args = ["get", "segments.bin", "-q", "-d", folder.path, "--segments", "4"];
+    const run = await runClient(cluster.address, args);
+    expect([run.status, run.errors]).toEqual([0, ""]);
+    expect(await sha256(join(folder.path, "segments.bin"))).toBe(digest);
+    await waitFor("four ranges are logged", () => from() >= before + 4);
+    for (const { server } of cluster.replicas) {
+      const ranges = server.log.filter(({ event, path, bytes = 0 }) => {
+        return event === "get" && path === "segments.bin" && bytes < 24 * MIB && bytes > 0;
+      });
+      expect(ranges.length).toBeGreaterThan(0);
+    }
+  });
+
+  test("a file that goes on changing while it is hashed settles to its last content everywhere", async () => {
+    const [, b] = cluster.nodes as [Node, Node];
+    const path = join(b.root, "busy/log");
+    writeTree(b.root, { "busy/log": randomBytes(3 * MIB, 3) });
+    for (let count = 0; count < 200; count++) {
+      appendFileSync(path, `line ${count}\n`);
+      await Bun.sleep(5);
+    }
+    const tree = await reachesAll(cluster, b, "busy");
+    expect(tree.map((line) => line.split(" ")[0])).toEqual(["log"]);
+    expect(readFileSync(join(cluster.master.root, "busy/log"), "latin1")).toEndWith("line 199\n");
+  });
+});
