@@ -219,7 +219,6 @@ export class Placer {
         });
     }
     try {
-      await this.#clearWay(staged.map(({ want }) => want));
       await this.#apply(
         staged.map(({ want }) => want),
         staged.map(({ upload }) => upload),
@@ -251,7 +250,6 @@ export class Placer {
       if ((await this.#withoutFolders([want])).length === 0) return;
       if (await this.#retime(want)) return;
       upload = (await this.#copy(want)) ?? (await this.#download(want));
-      await this.#clearWay([want]);
       await this.#apply([want], [upload]);
     } catch (error) {
       this.#failed(want, error);
@@ -278,14 +276,6 @@ export class Placer {
       target.upload.close();
       throw error;
     }
-  }
-
-  /** A folder that a file takes the place of; one that is not empty yet stays, and the file comes later. */
-  async #clearWay(wants: Want[]): Promise<void> {
-    const { index, changes } = this.#options;
-    const inTheWay = wants.filter(({ record, etag }) => etag === "" && index.get(record.path)?.seen.kind === "folder");
-    if (inTheWay.length > 0)
-      await changes.apply(inTheWay.map(({ record: { path } }) => ({ action: "clear", path, etag: "" })));
   }
 
   /** The same content with another time is not written again. */
