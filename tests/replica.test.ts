@@ -234,9 +234,10 @@ describe("step() records", () => {
     expect(me.entry()?.target?.revision).toBe(4);
   });
 
-  test("one that was placed late does not go back behind a newer", () => {
+  test("one that was placed late gives way to the newer again", () => {
     const me = new Member().has(record(2, "a", B));
-    expect(me.take({ kind: "placed", record: record(1, "a", A), etag: "late" })).toEqual([propose("a", 2, A)]);
+    const late = { kind: "placed", record: record(1, "a", A), etag: "late" } as const;
+    expect(me.take(late)).toEqual([place(record(2, "a", B, A.sha256, ""), "late")]);
     expect(me.entry()?.base).toBe(2);
   });
 });
