@@ -179,12 +179,15 @@ export class Changes {
     return Number(lookAt(`${this.#staging}/put-${id}`)?.size ?? 0);
   }
 
-  /** Makes the changes in their order, and returns when all that succeeded are on disk. */
-  async apply(changes: Change[]): Promise<Outcome[]> {
+  /**
+   * Makes the changes in their order, but for those that are no longer wanted when their turn comes: these are `changed`.
+   * Returns when all that succeeded are on disk.
+   */
+  async apply(changes: Change[], isWanted: (at: number) => boolean = () => true): Promise<Outcome[]> {
     const outcomes: Outcome[] = await this.#syncContents(changes);
     let at = 0;
     try {
-      while (at < changes.length) at = await this.#applyFrom(at, changes, outcomes);
+      while (at < changes.length) at = await this.#applyFrom(at, changes, outcomes, isWanted);
     } catch (error) {
       if (at === 0) throw error;
       // Those before are made, and stay so.
@@ -194,13 +197,18 @@ export class Changes {
   }
 
   /** Makes as many as there are folders for, and syncs these; returns where to go on. */
-  async #applyFrom(start: number, changes: Change[], outcomes: Outcome[]): Promise<number> {
+  async #applyFrom(
+    start: number,
+    changes: Change[],
+    outcomes: Outcome[],
+    isWanted: (at: number) => boolean,
+  ): Promise<number> {
     const folders = new Folders(this.#root, this.#folder);
     let end = start;
     try {
       const release = await this.#takeLock();
       try {
-        do outcomes[end] ??= this.#make(changes[end]!, folders);
+        do outcomes[end] ??= isWanted(end) ? this.#make(changes[end]!, folders) : superseded(changes[end]!);
         while (++end < changes.length && !folders.areMany);
       } finally {
         release();
@@ -432,6 +440,10 @@ export class Changes {
       if (depth < segments.length - 1) folder = folders.openIn(folder, segments.slice(0, depth + 1), path);
     }
   }
+}
+
+function superseded(change: Change): RepriseError {
+  return new RepriseError("changed", `superseded: ${quote(pathOfChange(change))}`);
 }
 
 /** What uploads are held to. */

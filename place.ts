@@ -369,7 +369,7 @@ export class Placer {
 
   async #applyNow(wants: Want[], changes: Change[]): Promise<void> {
     const outcomes = await this.#options.changes
-      .apply(changes)
+      .apply(changes, (at) => this.#isWanted(wants[at]!))
       .catch((error) => wants.map(() => error as RepriseError));
     const events: Event[] = [];
     for (const [index, want] of wants.entries()) {
