@@ -133,6 +133,8 @@ class Keeper {
       take: (events) => this.#take(events),
       examine: (paths) => void this.#observer.examine(paths),
     });
+  /** All that the tree had at the start is in the ledger, or on its way there. */
+  #hasLooked = false;
   }
 
   start(): void {
@@ -339,6 +341,10 @@ class Keeper {
   /** At the master: takes in what the ledger has, and tells the members. */
   #follow(): void {
     const ledger = this.#ledger!;
+    // What was found is given to the ledger at the end of this turn.
+    await new Promise((resolve) => setImmediate(resolve));
+    this.#hasLooked = true;
+    for (const down of this.#downs.values()) if (!down.isLive) down.target = this.#log.revision;
     while (this.#state.cursor < ledger.revision) {
       const stretch = ledger.read(this.#state.cursor, STRETCH_RECORDS);
       this.#take([{ kind: "stretch", ...stretch }]);
@@ -501,7 +507,8 @@ class Keeper {
     const old = this.#downs.get(join.node);
     if (old) this.#unlinkDown(old, new RepriseError("busy", "it has joined again"));
     this.#becomeMaster();
-    const target = this.#log.revision;
+    // What is here and not yet in the ledger is missing there.
+    const target = this.#hasLooked ? this.#log.revision : Number.POSITIVE_INFINITY;
     const down = new Down({ worker, id, node: join.node, address, target });
     this.#downs.set(join.node, down);
     this.#gone.delete(join.node);

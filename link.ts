@@ -68,7 +68,7 @@ export class Down {
   readonly node: string;
   readonly address: string;
   /** What it has to have before clients are sent to it. */
-  readonly target: number;
+  target: number;
   isLive = false;
   heardAt = performance.now();
   /** As it says: see `alive`. */
