@@ -40,7 +40,7 @@ import {
 import { log, logBug, logRefusal } from "./log.ts";
 import type { Address } from "./peer.ts";
 import { Placer } from "./place.ts";
-import { ERRORS, RepriseError } from "./protocol.ts";
+import { ERRORS, quote, RepriseError } from "./protocol.ts";
 import { parseServers, Remote } from "./remote.ts";
 import { type Effect, type Event, isDirty, type State, step } from "./replica.ts";
 import { openFolder } from "./storage.ts";
@@ -61,11 +61,10 @@ const PRUNE_MS = 60_000;
 /** Runs the keeper until the supervisor ends it. */
 export function keep(settings: KeeperSettings): void {
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
-  const keeper = new Keeper(settings);
-  const stop = () => {
-    keeper.close();
-    process.exit(0);
-  };
+  const keeper = keeperOf(settings);
+  const stop = () => process.exit(0);
+  // Whoever says so: see server.ts.
+  process.on("exit", (status) => status === 0 && keeper.close());
   process.on("message", (message: ForKeeper | "drain" | "stop") => {
     if (message === "stop") stop();
     else if (message !== "drain") keeper.onMessage(message);
@@ -86,6 +85,24 @@ class Keeper {
   readonly #settings: KeeperSettings;
   readonly #index: Index;
   readonly #state: State;
+/** Where the root cannot be written there is nothing to keep: whoever would join is told so. */
+function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "onMessage"> {
+  try {
+    return new Keeper(settings);
+  } catch (error) {
+    const why = (error as NodeJS.ErrnoException).code ?? String(error);
+    const text = `refused: the root of the server that is joined cannot be written (${why})`;
+    say("error", `${quote(settings.root)} cannot be written (${why}): no server can join this one`);
+    const onMessage = (message: ForKeeper) => {
+      if ("ended" in message) return;
+      const { worker, message: said } = message;
+      if (said.kind === "linked") send({ worker, message: { kind: "unlink", id: said.id, code: "refused", text } });
+      else if (said.kind === "announce") send({ worker, message: { kind: "announced", id: said.id } });
+    };
+    return { start() {}, close() {}, onMessage };
+  }
+}
+
   readonly #observer: Observer;
   readonly #placer: Placer;
   readonly #node: string;

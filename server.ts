@@ -531,7 +531,7 @@ export const main = command({
     const settings = settingsFrom(args as unknown as Args);
     const membership = await membershipFrom(args as unknown as Args);
     openFolder(settings.root).close();
-    if (settings.writable) checkWritable(settings.root);
+    if (settings.writable || membership.join !== undefined) checkWritable(settings.root, membership.join);
     try {
       process.exitCode = await new Supervisor(settings, membership).run();
     } catch (error) {
@@ -542,12 +542,13 @@ export const main = command({
   },
 });
 
-function checkWritable(root: string): void {
+function checkWritable(root: string, join?: string): void {
   try {
     openChanges(root).close();
   } catch (error) {
     const why = (error as NodeJS.ErrnoException).code ?? String(error);
-    const what = `${quote(root)} cannot be written (${why}); start without --writable to only serve it`;
+    const option = join === undefined ? "--writable" : "--join";
+    const what = `${quote(root)} cannot be written (${why}); start without ${option} to only serve it`;
     throw new RepriseError("refused", what, error);
   }
 }
