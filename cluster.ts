@@ -15,6 +15,7 @@ import { openChanges } from "./changes.ts";
 import { say } from "./command.ts";
 import { formatAddress, isLoopback, sleep } from "./connection.ts";
 import type { ClusterState, ForKeeper, FromKeeper, KeeperSettings, MemberStatus, ToKeeper } from "./hub.ts";
+import { addressOf } from "./hub.ts";
 import { INDEX_FILE, Index } from "./index.ts";
 import {
   type Decision,
@@ -549,6 +550,7 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
         const what = `refused: the member cannot be called back at ${address}: ${error.message}`;
         throw new RepriseError("refused", `${what}; --advertise says where clients reach it`, error);
       }
+    if (!addressOf(address)) throw new RepriseError("refused", `refused: ${quote(address)} is no address`);
     }
   }
 

@@ -28,9 +28,23 @@ const PROPOSED_CHARACTERS = 12_000;
 
 /** From the server that joins, the member, to the one that is joined, its master. */
 export type FromMember =
-  /** The first. `host` is "" where the master knows better; with `secret` it can call the member back. */
-  | { kind: "join"; version: number; node: string; host: string; port: number; secret: string }
+  /** The first. */
+  | Join
   /** In place of a join, from a master to who wants to join it, at the address that clients would be told. */
+/**
+ * `host` is "" where the master knows better; with `secret` it can call the member back. `below`: those who wait for this
+ * one to have joined, so that servers which all wait for each other learn of it.
+ */
+export type Join = {
+  kind: "join";
+  version: number;
+  node: string;
+  host: string;
+  port: number;
+  secret: string;
+  below?: string[];
+};
+
   | { kind: "call"; node: string }
   /** Wants all of the log that is newer. */
   | { kind: "read"; after: number }
@@ -303,8 +317,10 @@ export function readFromMember(message: Fields): FromMember {
   const { kind } = message;
   const isRight =
     (kind === "join" &&
-      all(isText, message.node, message.host, message.secret) &&
-      isCount(message.version, message.port)) ||
+      isHost(message.host) &&
+      isWord(message.node, message.secret) &&
+      isCount(message.version, message.port) &&
+      (message.below === undefined || isList(message.below, isText))) ||
     (kind === "call" && isText(message.node)) ||
     (kind === "read" && isCount(message.after)) ||
     (kind === "propose" && isCount(message.id) && isText(message.origin) && isList(message.proposals, isProposal)) ||
@@ -330,7 +346,7 @@ export function readFromMaster(message: Fields): FromMaster {
 }
 
 function isStretch(value: unknown): boolean {
-  const { after, revision, records, snapshot } = value as Stretch;
+  const { after, revision, records, snapshot } = (value ?? {}) as Stretch;
   return isCount(after, revision) && isList(records, isRecord) && [undefined, "part", "complete"].includes(snapshot);
 }
 
@@ -345,7 +361,7 @@ function isProposal(value: unknown): boolean {
 }
 
 function isVersion(value: unknown): boolean {
-  const { kind, size, mtime, sha256 } = value as Version;
+  const { kind, size, mtime, sha256 } = (value ?? {}) as Version;
   if (!isCount(size) || !Number.isSafeInteger(mtime)) return false;
   return kind === "file" ? /^[0-9a-f]{64}$/.test(sha256) : (kind === "folder" || kind === "gone") && sha256 === "";
 }
@@ -375,6 +391,16 @@ function isCount(...values: unknown[]): boolean {
 
 function isList(value: unknown, isItem: (item: unknown) => boolean): boolean {
   return (
+/** What goes into HELLO, and into names. */
+function isWord(...values: unknown[]): boolean {
+  return values.every((value) => typeof value === "string" && /^[\w-]{1,100}$/.test(value));
+}
+
+/** A name or an address, or "". */
+function isHost(value: unknown): boolean {
+  return typeof value === "string" && /^[^\s\p{C}/,[\]]{0,255}$/u.test(value);
+}
+
     Array.isArray(value) &&
     value.every((item) => (item !== null && typeof item === "object") || isText(item)) &&
     value.every(isItem)
