@@ -32,6 +32,7 @@ import {
   Down,
   type FromMaster,
   type FromMember,
+  type Join,
   LEASE_MS,
   LINK_VERSION,
   type Proposed,
@@ -49,13 +50,15 @@ import { type Finding, Observer } from "./watch.ts";
 
 const LEDGER_FILE = "ledger.sqlite";
 const BEAT_MS = 1_000;
-/** Attempts to call a member back, which may still be about to listen. */
-const CALLS = 5;
+/** How long a member is called back, which may still be about to listen. */
+const CALLS_MS = 1_500;
 const CALL_RETRY_MS = 300;
 /** Records that are read together. */
 const STRETCH_RECORDS = 500;
 /** Records that a member has not yet answered for. */
 const MAX_UNANSWERED = 10_000;
+/** Of those who want to join. */
+const MAX_REMEMBERED = 100;
 const PUBLISH_MS = 100;
 const PRUNE_MS = 60_000;
 
@@ -82,10 +85,6 @@ export function keep(settings: KeeperSettings): void {
   keeper.start();
 }
 
-class Keeper {
-  readonly #settings: KeeperSettings;
-  readonly #index: Index;
-  readonly #state: State;
 /** Where the root cannot be written there is nothing to keep: whoever would join is told so. */
 function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "onMessage"> {
   try {
@@ -104,6 +103,10 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
   }
 }
 
+class Keeper {
+  readonly #settings: KeeperSettings;
+  readonly #index: Index;
+  readonly #state: State;
   readonly #observer: Observer;
   readonly #placer: Placer;
   readonly #node: string;
@@ -114,6 +117,11 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
   #ledger: EmbeddedLedger | undefined;
   #up: Up | undefined;
   readonly #downs = new Map<string, Down>();
+  /** Links of those who want to join and are not yet members: `worker:id`. */
+  readonly #joining = new Set<string>();
+  /** Why they were refused last, by their node, so that it is said once; and who waits for this one to have joined. */
+  readonly #refused = new Map<string, string>();
+  readonly #waiting = new Map<string, { at: number; nodes: string[] }>();
   /** Members that have gone. */
   readonly #gone = new Map<string, MemberStatus>();
   /** Proposed here or below and not yet given to the ledger or up. */
@@ -124,6 +132,8 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
   readonly #announced: Announced[] = [];
   #publishTimer: Timer | undefined;
   #isStarted = false;
+  /** All that the tree had at the start is in the ledger, or on its way there. */
+  #hasLooked = false;
 
   constructor(settings: KeeperSettings) {
     this.#settings = settings;
@@ -151,8 +161,6 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
       take: (events) => this.#take(events),
       examine: (paths) => void this.#observer.examine(paths),
     });
-  /** All that the tree had at the start is in the ledger, or on its way there. */
-  #hasLooked = false;
   }
 
   start(): void {
@@ -174,6 +182,7 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
 
   onMessage(message: ForKeeper): void {
     if ("ended" in message) {
+      for (const key of this.#joining) if (key.startsWith(`${message.worker}:`)) this.#joining.delete(key);
       for (const down of this.#downs.values()) if (down.worker === message.worker) this.#leave(down);
     } else this.#onWorker(message.worker, message.message);
   }
@@ -185,6 +194,7 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
     }
     const down = [...this.#downs.values()].find((down) => down.worker === worker && down.id === message.id);
     if (message.kind === "unlinked") {
+      this.#joining.delete(`${worker}:${message.id}`);
       if (down) this.#leave(down);
       return;
     }
@@ -194,8 +204,10 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
       if (down) this.#onMember(down, said);
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
+      const peer = message.kind === "linked" ? message.peer : down?.address;
+      logRefusal(this.#logSettings, { event: "link", status: error.code, peer });
       this.#unlink(worker, message.id, error);
-      if (down) this.#leave(down);
+      if (down) this.#leave(down, error.code);
     }
   }
 
@@ -329,6 +341,10 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
     if (this.#isStarted) return;
     this.#isStarted = true;
     await this.#observer.start(this.#settings.root);
+    // What was found is given to the ledger at the end of this turn.
+    await new Promise((resolve) => setImmediate(resolve));
+    this.#hasLooked = true;
+    for (const down of this.#downs.values()) if (!down.isLive) down.target = this.#log.revision;
   }
 
   #propose(proposed: Proposed): void {
@@ -359,10 +375,6 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
   /** At the master: takes in what the ledger has, and tells the members. */
   #follow(): void {
     const ledger = this.#ledger!;
-    // What was found is given to the ledger at the end of this turn.
-    await new Promise((resolve) => setImmediate(resolve));
-    this.#hasLooked = true;
-    for (const down of this.#downs.values()) if (!down.isLive) down.target = this.#log.revision;
     while (this.#state.cursor < ledger.revision) {
       const stretch = ledger.read(this.#state.cursor, STRETCH_RECORDS);
       this.#take([{ kind: "stretch", ...stretch }]);
@@ -400,24 +412,28 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
     const [address] = parseServers(server);
     const { token, ca, host, port, advertise } = this.#settings;
     const [told] = advertise === undefined ? [{ host: isAnywhere(host) ? "" : host, port }] : parseServers(advertise);
-    const join = { kind: "join", version: LINK_VERSION, node: this.#node, ...told!, secret: this.#callSecret } as const;
+    const { node, secret } = { node: this.#node, secret: this.#callSecret };
     const up = new Up({
       address: { ...address!, tls: address!.tls || this.#settings.tls },
       token,
       ca,
-      join: {
-        kind: join.kind,
-        version: join.version,
-        node: join.node,
-        host: join.host,
-        port: join.port,
-        secret: join.secret,
-      },
+      join: () => ({
+        kind: "join",
+        version: LINK_VERSION,
+        node,
+        host: told!.host,
+        port: told!.port,
+        secret,
+        below: this.#waitingNodes,
+      }),
       onJoined: (message) => this.#onJoined(message),
       onMessage: (message) => this.#onMaster(message),
       onLost: (error) => this.#onMasterLost(error),
     });
     this.#up = up;
+    say("info", `joining ${up.name}`);
+    // The workers are to know the one who calls back.
+    this.#publish();
     // Before anything is proposed, what is there is known: the master's own files are not taken for changes.
     void this.#look().then(() => up.run());
   }
@@ -426,6 +442,7 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
     this.#useLedger(ledger);
     this.#secret = String(this.#index.setFact("secret", secret));
     log(this.#logSettings, { event: "join", peer: this.#up!.name, status: "ok" });
+    say("info", `joined ${this.#up!.name}, which sends clients here as soon as its files are here`);
     this.#up!.chain = [node];
     this.#take([{ kind: "online" }]);
     this.#publish();
@@ -496,16 +513,28 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
   // ------------------------------------------------------------------------------------------------ down
 
   async #onLinked(worker: number, id: number, peer: string, message: FromMember): Promise<void> {
+    this.#joining.add(`${worker}:${id}`);
     try {
       if (message.kind === "call") return this.#onCall(worker, id, message.node);
       if (message.kind !== "join") throw new RepriseError("bad_frame");
       await this.#onJoin(worker, id, peer, message);
+      this.#refused.delete(message.node);
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
       this.#unlink(worker, id, error);
-      logRefusal(this.#logSettings, { event: "join", status: error.code, peer });
-      say("warn", `${peer} may not join: ${error.message}`);
+      this.#sayRefused(message.kind === "join" ? message.node : peer, peer, error);
+    } finally {
+      this.#joining.delete(`${worker}:${id}`);
     }
+  }
+
+  /** Whoever is refused tries again and again: that is no news. */
+  #sayRefused(node: string, peer: string, error: RepriseError): void {
+    if (this.#refused.get(node) === error.message) return;
+    if (this.#refused.size >= MAX_REMEMBERED) this.#refused.clear();
+    this.#refused.set(node, error.message);
+    logRefusal(this.#logSettings, { event: "join", status: error.code, peer });
+    say("warn", `${peer} may not join: ${error.message}`);
   }
 
   #onCall(worker: number, id: number, node: string): void {
@@ -513,15 +542,17 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
     this.#say(worker, id, { kind: "called", node });
   }
 
-  async #onJoin(worker: number, id: number, peer: string, join: Extract<FromMember, { kind: "join" }>): Promise<void> {
+  async #onJoin(worker: number, id: number, peer: string, join: Join): Promise<void> {
     if (join.version !== LINK_VERSION)
       throw new RepriseError("version", `servers link by version ${LINK_VERSION} here, not ${join.version}`);
     if (join.node === this.#node)
       throw new RepriseError("refused", "refused: that is this server itself; join another");
     if (this.#up?.chain.includes(join.node)) throw circle();
-    if (this.#up && !this.#state.online) throw new RepriseError("busy", "the master has not joined its own master yet");
+    if (this.#up && !this.#state.online) throw this.#notYet(this.#up, join);
     const address = formatAddress(join.host === "" ? peer : join.host, join.port);
+    if (!addressOf(address)) throw new RepriseError("refused", `refused: ${quote(address)} is no address`);
     await this.#callBack(address, join);
+    if (!this.#joining.has(`${worker}:${id}`)) return;
     const old = this.#downs.get(join.node);
     if (old) this.#unlinkDown(old, new RepriseError("busy", "it has joined again"));
     this.#becomeMaster();
@@ -536,21 +567,35 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
     this.#publish();
   }
 
+  /** Those who wait for each other wait for ever, and are told. */
+  #notYet(up: Up, { node, below = [] }: Join): RepriseError {
+    if (this.#waiting.size >= MAX_REMEMBERED) this.#waiting.clear();
+    this.#waiting.set(node, { at: performance.now(), nodes: [node, ...below].slice(0, MAX_REMEMBERED) });
+    if (below.includes(this.#node)) return circle();
+    return new RepriseError("busy", `that server has not joined ${up.name} itself yet`);
+  }
+
+  get #waitingNodes(): string[] {
+    const now = performance.now();
+    for (const [node, { at }] of this.#waiting) if (now - at > LEASE_MS) this.#waiting.delete(node);
+    return [...new Set([...this.#waiting.values()].flatMap(({ nodes }) => nodes))].slice(0, MAX_REMEMBERED);
+  }
+
   /** Clients will be sent there: whoever is at that address must be the one who says so. */
   async #callBack(address: string, { node, secret }: { node: string; secret: string }): Promise<void> {
-    for (let attempt = 1; ; attempt++) {
+    const end = performance.now() + CALLS_MS;
+    for (;;) {
       try {
         return await call({ ...this.#addressOf(address), ca: this.#settings.ca, token: secret, node });
       } catch (error) {
         if (!(error instanceof RepriseError)) throw error;
-        if (attempt < CALLS && (ERRORS[error.code].retry || error.code === "denied")) {
+        if (performance.now() < end && (ERRORS[error.code].retry || error.code === "denied")) {
           await sleep(CALL_RETRY_MS);
           continue;
         }
         const what = `refused: the member cannot be called back at ${address}: ${error.message}`;
         throw new RepriseError("refused", `${what}; --advertise says where clients reach it`, error);
       }
-    if (!addressOf(address)) throw new RepriseError("refused", `refused: ${quote(address)} is no address`);
     }
   }
 
@@ -627,19 +672,19 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
     }
   }
 
-  #leave(down: Down): void {
+  #leave(down: Down, status = "gone"): void {
     if (this.#downs.get(down.node) !== down) return;
     this.#note(down);
     this.#downs.delete(down.node);
     this.#gone.set(down.node, this.#statusOf(down, "gone"));
-    log(this.#logSettings, { event: "member", peer: down.address, status: "gone" });
+    log(this.#logSettings, { event: "member", peer: down.address, status });
     this.#wakeKnown();
     this.#publish();
   }
 
   #unlinkDown(down: Down, error: RepriseError): void {
     this.#unlink(down.worker, down.id, error);
-    this.#leave(down);
+    this.#leave(down, error.code);
   }
 
   #note({ node, address, revision }: Down): void {

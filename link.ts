@@ -19,6 +19,11 @@ import { isHidden } from "./storage.ts";
 export const LINK_VERSION = 1;
 /** Who has not been heard for so long has gone. */
 export const LEASE_MS = 5_000;
+/** A server lets who has the wrong token wait for its answer, up to ten seconds. */
+const REFUSAL_MS = 15_000;
+/** Who is called has to answer so soon: the one who wants to join waits for what comes of it, for LEASE_MS. */
+const CALL_MS = 2_000;
+const IN_CLEAR = "servers of two machines join by TLS alone (--tls-cert, --join tls://…) and with a replica token";
 const FIRST_RETRY_MS = 200;
 const LAST_RETRY_MS = 2_000;
 /** Characters of the records in one LINK, for a frame of MAX_ANSWER_BYTES: each may be three bytes. */
@@ -26,11 +31,6 @@ const STRETCH_CHARACTERS = 160_000;
 /** And of proposals, for one of MAX_REQUEST_BYTES; the longest path takes more than half of that. */
 const PROPOSED_CHARACTERS = 12_000;
 
-/** From the server that joins, the member, to the one that is joined, its master. */
-export type FromMember =
-  /** The first. */
-  | Join
-  /** In place of a join, from a master to who wants to join it, at the address that clients would be told. */
 /**
  * `host` is "" where the master knows better; with `secret` it can call the member back. `below`: those who wait for this
  * one to have joined, so that servers which all wait for each other learn of it.
@@ -45,6 +45,11 @@ export type Join = {
   below?: string[];
 };
 
+/** From the server that joins, the member, to the one that is joined, its master. */
+export type FromMember =
+  /** The first. */
+  | Join
+  /** In place of a join, from a master to who wants to join it, at the address that clients would be told. */
   | { kind: "call"; node: string }
   /** Wants all of the log that is newer. */
   | { kind: "read"; after: number }
@@ -117,7 +122,7 @@ interface UpOptions {
   address: Address;
   token: string | undefined;
   ca: string | undefined;
-  join: Extract<FromMember, { kind: "join" }>;
+  join: () => Join;
   onJoined: (message: Extract<FromMaster, { kind: "joined" }>) => void;
   onMessage: (message: FromMaster) => void;
   onLost: (error: RepriseError) => void;
@@ -210,7 +215,8 @@ export class Up {
 
   async #join(): Promise<void> {
     const { join, onJoined, onMessage } = this.#options;
-    this.#connection = await open({ ...this.#options, ...this.address, signal: this.#ended.signal }, join);
+    const { signal } = this.#ended;
+    this.#connection = await open({ ...this.#options, ...this.address, timeoutMs: REFUSAL_MS, signal }, join());
     for (;;) {
       const message = readFromMaster(await nextLink(this.#connection));
       if (message.kind === "joined") {
@@ -225,9 +231,9 @@ export class Up {
 
 type OpenOptions = Address & { token: string | undefined; ca: string | undefined; signal?: AbortSignal };
 
-/** Connects to a server, and begins a link. Throws `lost`, `insecure`, and what the server says. */
+/** Connects to a server, and begins a link; `timeoutMs` is for its first answer. Throws `lost`, `insecure`, and what the server says. */
 async function open(
-  { host, port, tls = false, token, ca, signal }: OpenOptions,
+  { host, port, tls = false, token, ca, signal, timeoutMs }: OpenOptions & { timeoutMs: number },
   first: FromMember,
 ): Promise<Connection> {
   const connection = await connect({
@@ -237,12 +243,11 @@ async function open(
     ca,
     signal,
     maxLength: MAX_ANSWER_BYTES,
-    timeoutMs: LEASE_MS,
+    timeoutMs,
   });
   try {
-    const isSafe = tls || isLoopback(connection.peer);
-    if (token !== undefined && !isSafe)
-      throw new RepriseError("insecure", "no token is sent in clear to another machine; use tls:// for it");
+    // The first message has a secret, too.
+    if (!tls && !isLoopback(connection.peer)) throw new RepriseError("insecure", IN_CLEAR);
     await connection.send(encodeHello({ flags: DIRECT, ...(token !== undefined && { token }) }));
     await connection.send(encodeRequest({ action: "link", message: first }));
     await connection.flush();
@@ -251,6 +256,7 @@ async function open(
     const answer = decodeAnswer(frame);
     if (answer.type === "error") throw answer.error;
     if (answer.type !== "welcome") throw new RepriseError("bad_frame");
+    connection.timeoutMs = LEASE_MS;
     return connection;
   } catch (error) {
     connection.close();
@@ -272,7 +278,7 @@ async function nextLink(connection: Connection): Promise<{ [name: string]: unkno
 
 /** Asks who is at an address. Throws `refused` where that is not `node`, and as `open`. */
 export async function call({ node, ...options }: OpenOptions & { node: string }): Promise<void> {
-  const connection = await open(options, { kind: "call", node });
+  const connection = await open({ ...options, timeoutMs: CALL_MS }, { kind: "call", node });
   try {
     const message = readFromMaster(await nextLink(connection));
     if (message.kind !== "called" || message.node !== node) throw new RepriseError("bad_frame");
@@ -385,12 +391,6 @@ function isText(value: unknown): boolean {
   return typeof value === "string" && value.length <= 1000;
 }
 
-function isCount(...values: unknown[]): boolean {
-  return values.every((value) => Number.isSafeInteger(value) && (value as number) >= 0);
-}
-
-function isList(value: unknown, isItem: (item: unknown) => boolean): boolean {
-  return (
 /** What goes into HELLO, and into names. */
 function isWord(...values: unknown[]): boolean {
   return values.every((value) => typeof value === "string" && /^[\w-]{1,100}$/.test(value));
@@ -401,6 +401,12 @@ function isHost(value: unknown): boolean {
   return typeof value === "string" && /^[^\s\p{C}/,[\]]{0,255}$/u.test(value);
 }
 
+function isCount(...values: unknown[]): boolean {
+  return values.every((value) => Number.isSafeInteger(value) && (value as number) >= 0);
+}
+
+function isList(value: unknown, isItem: (item: unknown) => boolean): boolean {
+  return (
     Array.isArray(value) &&
     value.every((item) => (item !== null && typeof item === "object") || isText(item)) &&
     value.every(isItem)

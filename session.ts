@@ -453,14 +453,13 @@ export class Session {
       await this.#connection.send(encodeError(refusal));
       return false;
     }
-    log(settings, { event: "link", status: "ok", ...this.#who });
     const link = hub.link(this.#connection, message);
     this.#link = link;
     this.#state = "linked";
     if (draining) this.drain();
     try {
-      const ending = await link.carry(() => this.#nextOfLink());
-      log(settings, { event: "unlink", status: ending?.code ?? "ok", ...this.#who });
+      // What comes of it is logged by the keeper, who knows which of them are news.
+      await link.carry(() => this.#nextOfLink());
     } finally {
       hub.unlink(link);
     }
