@@ -430,11 +430,11 @@ export function contentFrames(content: string): Uint8Array[] {
 }
 
 /** A raw connection that collects what comes. */
-export async function connectRaw(port: number): Promise<RawConnection> {
+export async function connectRaw(port: number, hostname = "127.0.0.1"): Promise<RawConnection> {
   let closed = false;
   const chunks: Uint8Array[] = [];
   const socket = await Bun.connect({
-    hostname: "127.0.0.1",
+    hostname,
     port,
     socket: {
       data: (_, bytes) => void chunks.push(new Uint8Array(bytes)),
