@@ -245,8 +245,9 @@ export class Simulation {
     if (!isWanted(node.state, effect)) return;
     if (node.tree.etag(path) !== effect.etag) this.#look(node, path);
     else if (effect.kind === "aside") this.#rename(node, path, effect.to);
-    else if (!this.#place(node, effect.record, tries)) {
+    else {
       const counted = this.#isAllKnown(node) ? tries + 1 : 0;
+      if (this.#place(node, effect.record, counted)) return;
       this.#soon(node, this.#random.int(10, 60), () => this.#touchTree(node, effect, counted));
     }
   }
