@@ -20,6 +20,7 @@ import { INDEX_FILE, Index } from "./index.ts";
 import {
   type Decision,
   EmbeddedLedger,
+  type Ledger,
   type Log,
   type Proposal,
   type Record,
@@ -114,7 +115,7 @@ class Keeper {
   #secret: string;
   readonly #callSecret = randomBytes(32).toString("base64url");
   /** At the first master of all. */
-  #ledger: EmbeddedLedger | undefined;
+  #ledger: Ledger | undefined;
   #up: Up | undefined;
   readonly #downs = new Map<string, Down>();
   /** Links of those who want to join and are not yet members: `worker:id`. */
@@ -316,8 +317,9 @@ class Keeper {
 
   #becomeMaster(): void {
     if (this.#ledger || this.#up) return;
-    const ledger = new EmbeddedLedger(this.#ledgerPath);
+    const ledger: Ledger = new EmbeddedLedger(this.#ledgerPath);
     this.#ledger = ledger;
+    ledger.watch(() => this.#follow());
     this.#useLedger(ledger.id);
     for (const member of ledger.members()) this.#gone.set(member.node, this.#statusOf(member, "gone"));
     this.#take([{ kind: "online" }]);
@@ -361,12 +363,11 @@ class Keeper {
     });
   }
 
-  #append(ledger: EmbeddedLedger, all: Proposed[]): void {
+  #append(ledger: Ledger, all: Proposed[]): void {
     const decided = ledger.together(() =>
       all.map(({ origin, proposals }) => ledger.append(origin, proposals).decisions),
     );
     const { revision } = ledger;
-    this.#follow();
     void this.#knownBelow(revision).then(() => {
       for (const [at, { answer }] of all.entries()) answer(decided[at]!);
     });
@@ -688,7 +689,7 @@ class Keeper {
   }
 
   #note({ node, address, revision }: Down): void {
-    this.#ledger?.note({ node, address, revision });
+    this.#ledger?.join({ node, address, revision });
   }
 
   /** Waits until all live members know of a revision; one that goes is waited for no more. */

@@ -8,7 +8,7 @@ import { Database, type Statement } from "bun:sqlite";
 import { randomUUID } from "node:crypto";
 import { existsSync } from "node:fs";
 import { GONE, type Record, type Version } from "./ledger.ts";
-import type { Entries, Entry } from "./replica.ts";
+import { type Entries, type Entry, isDirty } from "./replica.ts";
 
 export const INDEX_FILE = "index.sqlite";
 
@@ -77,7 +77,7 @@ export class Index implements Entries {
     const { path, base, etag, seen, known, sent, target, passed } = entry;
     this.#keep(path, entry);
     const [seenText, knownText] = [textOf(seen), textOf(known)];
-    const isOpen = target !== undefined || sent !== undefined || seenText !== knownText;
+    const isOpen = target !== undefined || sent !== undefined || isDirty(entry);
     this.#set.run(
       path,
       base,

@@ -66,6 +66,27 @@ export interface Log {
   records(after: number, limit: number): Record[];
 }
 
+/** Where the log is kept, and who follows it. All of it is on disk on return, or an error is thrown. */
+export interface Ledger extends Log {
+  /** Names this log for good: revisions of another mean nothing. */
+  readonly id: string;
+  /** Decides proposals in order, each by compare and set: see `decide`. */
+  append(origin: string, proposals: Proposal[]): { decisions: Decision[]; records: Record[] };
+  /** Several of these as one. */
+  together<T>(work: () => T): T;
+  /** What is newer than a revision, or a snapshot, a piece at a time: see `stretchOf`. */
+  read(after: number, limit: number, isWithinSnapshot?: boolean): Stretch;
+  /** Calls back whenever there is something newer. */
+  watch(onNews: () => void): void;
+  /** Everyone who has ever joined and was not forgotten. `seen`: when it was last there, in ms since 1970. */
+  members(): (Member & { seen: number })[];
+  /** A member is there, and has come so far. */
+  join(member: Member, now?: number): void;
+  /** Forgets members that have not been seen for a month, and the deletions that all others, and this one, have. */
+  prune(own: number, now?: number): void;
+  close(): void;
+}
+
 export const GONE: Version = { kind: "gone", size: 0, mtime: 0, sha256: "" };
 export const FOLDER: Version = { kind: "folder", size: 0, mtime: 0, sha256: "" };
 
@@ -124,13 +145,16 @@ const SCHEMA = `
 /** A deletion is forgotten once all members have it; one that has not been seen for so long is waited for no more. */
 const FORGET_MEMBER_MS = 30 * 24 * 3600 * 1000;
 
-export class EmbeddedLedger {
+/** In SQLite, synced with each append. */
+export class EmbeddedLedger implements Ledger {
   readonly id: string;
   readonly #db: Database;
   readonly #newest: Statement<Record, [string]>;
   readonly #since: Statement<Record, [number, number]>;
   readonly #insert: Statement;
+  readonly #watchers: (() => void)[] = [];
   #revision: number;
+  #isTogether = false;
 
   /** Throws system errors, and what SQLite finds wrong with the file. */
   constructor(path: string) {
@@ -152,7 +176,10 @@ export class EmbeddedLedger {
     return this.#revision;
   }
 
-  /** Decides in order, all in one transaction, which is on disk on return. */
+  watch(onNews: () => void): void {
+    this.#watchers.push(onNews);
+  }
+
   append(origin: string, proposals: Proposal[]): { decisions: Decision[]; records: Record[] } {
     const before = this.#revision;
     const records: Record[] = [];
@@ -170,6 +197,7 @@ export class EmbeddedLedger {
         if (records.length > 0) this.#setFact("revision", this.#revision);
         return decided;
       })();
+      if (records.length > 0 && !this.#isTogether) this.#tell();
       return { decisions, records };
     } catch (error) {
       this.#revision = before;
@@ -177,11 +205,14 @@ export class EmbeddedLedger {
     }
   }
 
+  #tell(): void {
+    for (const onNews of this.#watchers) onNews();
+  }
+
   newest(path: string): Record | undefined {
     return this.#newest.get(path) ?? undefined;
   }
 
-  /** See `stretchOf`. */
   read(after: number, limit: number, isWithinSnapshot = false): Stretch {
     return stretchOf(this, after, limit, isWithinSnapshot);
   }
@@ -190,34 +221,34 @@ export class EmbeddedLedger {
     return this.#since.all(after, limit);
   }
 
-  /** One transaction of several. */
   together<T>(work: () => T): T {
     const before = this.#revision;
+    this.#isTogether = true;
     try {
       return this.#db.transaction(work)();
     } catch (error) {
       this.#revision = before;
       throw error;
+    } finally {
+      this.#isTogether = false;
+      if (this.#revision > before) this.#tell();
     }
   }
 
-  /** Deletions up to here are forgotten. */
   get pruned(): number {
     return Number(this.#fact("pruned") ?? 0);
   }
 
   // ------------------------------------------------------------------------------------------------ members
 
-  /** Everyone who has ever joined and was not forgotten. `seen`: when it was last there, in ms since 1970. */
   members(): (Member & { seen: number })[] {
     return this.#db.query<Member & { seen: number }, []>("SELECT * FROM members ORDER BY address").all();
   }
 
-  note({ node, address, revision }: Member, now = Date.now()): void {
+  join({ node, address, revision }: Member, now = Date.now()): void {
     this.#db.run("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?)", [node, address, revision, now]);
   }
 
-  /** Forgets members that have not been seen for a month, and the deletions that all others have. */
   prune(own: number, now = Date.now()): void {
     this.#db.transaction(() => {
       this.#db.run("DELETE FROM members WHERE seen < ?", [now - FORGET_MEMBER_MS]);

@@ -55,7 +55,7 @@ describe("EmbeddedLedger", () => {
     const first = open(folder);
     const { records } = first.append("me", [proposal("a", 0, A), proposal("b", 0, B)]);
     const { id } = first;
-    first.note({ node: "n", address: "h:1", revision: 1 }, 7);
+    first.join({ node: "n", address: "h:1", revision: 1 }, 7);
     first.close();
     const second = open(folder);
     expect([second.id, second.revision]).toEqual([id, 2]);
@@ -160,7 +160,7 @@ describe("EmbeddedLedger prune()", () => {
     return ledger;
   }
   const note = (ledger: EmbeddedLedger, node: string, revision: number, seen = Date.now()) =>
-    ledger.note({ node, address: `${node}:1`, revision }, seen);
+    ledger.join({ node, address: `${node}:1`, revision }, seen);
 
   test("a deletion is kept until all have it", () => {
     const ledger = withDeletion();

@@ -410,7 +410,7 @@ export class Simulation {
   // -------------------------------------------------------------------------------------------- ledger
 
   #receive(node: Node, name: string, revision: number, message: Up): void {
-    this.#ledger.note({ node: name, address: name, revision }, this.#queue.now);
+    this.#ledger.join({ node: name, address: name, revision }, this.#queue.now);
     if (message.kind === "read") {
       this.#feeds.set(node.number, { after: message.after, isWithinSnapshot: false });
       this.#feed(node, true);
@@ -457,7 +457,7 @@ export class Simulation {
       const isThere = isUp && (link !== 0 || number === 0);
       // What it has said last may be older.
       const noted = this.#ledger.members().find((member) => member.node === name)?.revision;
-      if (isThere) this.#ledger.note({ node: name, address: name, revision: noted ?? 0 }, now + FORGET_MEMBER_MS);
+      if (isThere) this.#ledger.join({ node: name, address: name, revision: noted ?? 0 }, now + FORGET_MEMBER_MS);
     }
     this.#ledger.prune(this.#nodes[0]!.state.cursor, isLongAway ? now + 1 + FORGET_MEMBER_MS : now);
     this.#say(undefined, () => `pruned${isLongAway ? ", and members forgotten" : ""}`);

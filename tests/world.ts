@@ -328,7 +328,7 @@ export class MemoryLedger {
     return [...this.#members.values()];
   }
 
-  note(member: Member, now: number): void {
+  join(member: Member, now: number): void {
     this.#members.set(member.node, { ...member, seen: now });
   }
 
