@@ -160,6 +160,7 @@ class Keeper {
       holdersOf: (record) => this.#holdersOf(record),
       connectTo: (address) => this.#connectTo(address),
       take: (events) => this.#take(events),
+      isEveryoneHere: () => this.#isEveryoneHere,
       examine: (paths) => void this.#observer.examine(paths),
     });
   }
@@ -726,6 +727,13 @@ class Keeper {
     const others = [...this.#downs.values()].filter((down) => !made.includes(down));
     const up = this.#up ? [this.#up.name] : [];
     return [...made.map(({ address }) => address), ...up, ...others.map(({ address }) => address)];
+  }
+
+  /** Only the first master can know. */
+  get #isEveryoneHere(): boolean {
+    const { revision } = this.#log;
+    const isHere = ({ isLive, known }: Down) => isLive && known >= revision;
+    return this.#ledger !== undefined && this.#gone.size === 0 && [...this.#downs.values()].every(isHere);
   }
 
   #connectTo(address: string): Remote {

@@ -28,6 +28,8 @@ const LAST_RETRY_MS = 5_000;
 const TRIES_FULL = 5;
 /** What nobody has is soon superseded, as a rule; after so many attempts it is a problem. */
 const TRIES_UNSAID = 5;
+/** What nobody has, with everyone there, is given up after so many. */
+const TRIES_NOBODY = 30;
 const HASH_BYTES = 1024 * 1024;
 /** A file's version on the wire: so many hexadecimal digits of its sha256. */
 const DIGEST_LENGTH = 32;
@@ -45,6 +47,8 @@ export interface PlacerOptions {
   holdersOf(record: Record): string[];
   connectTo(address: string): Remote;
   take(events: Event[]): void;
+  /** Every member is there that could have what is missing, and this is the one to say that nobody has it. */
+  isEveryoneHere(): boolean;
   /** Looks at what the tree has there. */
   examine(paths: string[]): void;
 }
@@ -55,6 +59,8 @@ interface Want {
   /** What the tree has in its place. */
   etag: string;
   tries: number;
+  /** Where its bytes go, since a file has the name of a folder that it is in. */
+  elsewhere?: string;
 }
 
 export class Placer {
@@ -331,9 +337,21 @@ export class Placer {
     return undefined;
   }
 
-  #putOf({ record: { path, size, mtime }, etag }: Want): Put {
-    const isThere = etag !== "";
-    return { action: "put", path, id: "", offset: 0, size, mtime, noClobber: !isThere, etag, parents: true };
+  #putOf({ record, etag, elsewhere }: Want): Put {
+    const { size, mtime } = record;
+    const path = elsewhere ?? record.path;
+    const isThere = etag !== "" && !elsewhere;
+    return {
+      action: "put",
+      path,
+      id: "",
+      offset: 0,
+      size,
+      mtime,
+      noClobber: !isThere,
+      etag: isThere ? etag : "",
+      parents: true,
+    };
   }
 
   #holderOf({ record, tries }: Want): string {
@@ -374,7 +392,9 @@ export class Placer {
     const events: Event[] = [];
     for (const [index, want] of wants.entries()) {
       const outcome = outcomes[index];
-      if (outcome instanceof Error) this.#failed(want, outcome);
+      // Another member may have given it the same other name.
+      const isThere = want.elsewhere && outcome instanceof RepriseError && outcome.code === "exists";
+      if (outcome instanceof Error && !isThere) this.#failed(want, outcome);
       else events.push(this.#placed(want, outcome));
     }
     if (events.length > 0) this.#options.take(events);
@@ -384,8 +404,10 @@ export class Placer {
     return isWanted(this.#options.state, { kind: "place", record, etag });
   }
 
-  #placed({ record }: Want, outcome: Outcome): Event {
+  #placed({ record, elsewhere }: Want, outcome: Outcome): Event {
     this.#problems.delete(record.path);
+    if (elsewhere) this.#options.examine([elsewhere]);
+    if (elsewhere) return { kind: "kept", record };
     return { kind: "placed", record, etag: (outcome as Meta | undefined)?.etag ?? "" };
   }
 
@@ -395,6 +417,9 @@ export class Placer {
     const { code } = error;
     const isFull = code === "exists" && this.#options.index.get(record.path)?.seen.kind === "folder";
     if (isFull && want.tries >= TRIES_FULL) void this.#keepFull(record);
+    else if (code === "not_a_folder" && want.tries >= TRIES_FULL && this.#giveWay(want)) return;
+    else if (NOWHERE.has(code) && want.tries >= TRIES_NOBODY && this.#options.isEveryoneHere())
+      this.#options.take([{ kind: "kept", record }]);
     else if (UNEXPECTED.has(code)) this.#options.examine([record.path]);
     else if (!UNSAID.has(code) || want.tries >= TRIES_UNSAID) this.#problems.set(record.path, error.message);
     this.#tryLater(want);
@@ -407,6 +432,29 @@ export class Placer {
     if (record.kind === "gone") take([{ kind: "kept", record }]);
     else await this.aside(record.path, "", conflictName(record.path, state.node, record));
     examine([record.path]);
+  }
+
+  /**
+   * The log has a file, and something in a folder of its name: the bytes go beside it, on all members under the same name,
+   * and where they were to be there is nothing. False where that will still be sorted out.
+   */
+  #giveWay(want: Want): boolean {
+    const { record } = want;
+    const { index, take } = this.#options;
+    const { path, origin } = record;
+    for (let at = path.indexOf("/"); at > 0; at = path.indexOf("/", at + 1)) {
+      const obstacle = index.get(path.slice(0, at));
+      if (obstacle?.seen.kind !== "file") continue;
+      if (obstacle.target) return false;
+      if (record.kind !== "file") take([{ kind: "kept", record }]);
+      else {
+        const elsewhere = conflictName(obstacle.path, origin, record) + path.slice(at);
+        this.#wanted.set(path, { ...want, elsewhere, tries: 0 });
+        this.#work();
+      }
+      return true;
+    }
+    return false;
   }
 
   #tryLater(want: Want): void {
@@ -448,6 +496,9 @@ const UNSAID: ReadonlySet<string> = new Set([
   "shutting_down",
   "in_use",
 ]);
+
+/** Nobody who was asked has it. */
+const NOWHERE: ReadonlySet<string> = new Set(["not_found", "lost"]);
 
 /** A small file on its way here. */
 class Fetch implements Exchange {
