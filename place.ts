@@ -30,6 +30,8 @@ const TRIES_FULL = 5;
 const TRIES_UNSAID = 5;
 /** What nobody has, with everyone there, is given up after so many. */
 const TRIES_NOBODY = 30;
+/** A server that is about to end waits for whoever is connected to it, as if that were at work: nobody stays for nothing. */
+const IDLE_MS = 500;
 const HASH_BYTES = 1024 * 1024;
 /** A file's version on the wire: so many hexadecimal digits of its sha256. */
 const DIGEST_LENGTH = 32;
@@ -73,6 +75,7 @@ export class Placer {
   readonly #applying = new Map<string, Promise<void>>();
   readonly #problems = new Map<string, string>();
   readonly #remotes = new Map<string, Remote>();
+  #letGoTimer: Timer | undefined;
   #isWorking = false;
   #isClosed = false;
 
@@ -128,6 +131,7 @@ export class Placer {
   /** Lets go of connections. */
   close(): void {
     this.#isClosed = true;
+    clearTimeout(this.#letGoTimer);
     for (const remote of this.#remotes.values()) remote.giveUp();
   }
 
@@ -138,6 +142,14 @@ export class Placer {
     await Promise.resolve();
     while (this.#wanted.size > 0 && !this.#isClosed) await this.#round();
     this.#isWorking = false;
+    clearTimeout(this.#letGoTimer);
+    this.#letGoTimer = setTimeout(() => this.#letGo(), IDLE_MS);
+  }
+
+  #letGo(): void {
+    if (this.#isWorking || this.#large.size > 0) return;
+    for (const remote of this.#remotes.values()) remote.close();
+    this.#remotes.clear();
   }
 
   async #round(): Promise<void> {
