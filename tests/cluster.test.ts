@@ -372,16 +372,20 @@ describe("changes", () => {
     const sent = () => bytesOf(getsOf(cluster.nodes, "bytes"));
     const total = Object.values(files).reduce((sum, content) => sum + content.length, 0);
     await waitFor("what was sent is logged", () => sent() === 2 * total);
+    await cluster.settled();
     const remote = remoteOf(c);
     await remote.move("bytes", "bytes2");
     remote.close();
     await reachesAll(cluster, c, "bytes2");
     await reachesAll(cluster, c, "bytes");
+    await cluster.settled();
     renameSync(join(a.root, "bytes2"), join(a.root, "bytes3"));
     await reachesAll(cluster, a, "bytes3");
     await reachesAll(cluster, a, "bytes2");
+    await cluster.settled();
     cpSync(join(b.root, "bytes3"), join(b.root, "bytes4"), { recursive: true });
     await reachesAll(cluster, b, "bytes4");
+    await cluster.settled();
     utimesSync(join(a.root, "bytes4/large0"), 1, 1);
     await reachesAll(cluster, a, "bytes4");
     expect(treeIn(c, "bytes4").length).toBe(409);
@@ -447,5 +451,147 @@ describe("changes", () => {
     const tree = await reachesAll(cluster, b, "busy");
     expect(tree.map((line) => line.split(" ")[0])).toEqual(["log"]);
     expect(readFileSync(join(cluster.master.root, "busy/log"), "latin1")).toEndWith("line 199\n");
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- interruptions
+
+describe("interruptions", () => {
+  test("a member that is killed while it fetches a large file goes on where it was", async () => {
+    await using cluster = await startCluster({ replicas: 2, args: ["--writable", "--limit-rate", "40M"] });
+    const [, b, c] = cluster.nodes as [Node, Node, Node];
+    const size = 64 * MIB;
+    const digest = writeLargeFile(join(b.root, "large.bin"), size, 11);
+    const staging = join(c.root, ".reprise");
+    const staged = () => readdirSync(staging).find((name) => /^put-[0-9a-f]{32}$/.test(name));
+    const held = () => (staged() === undefined ? 0 : statSync(join(staging, staged()!)).size);
+    await waitFor("a third of it has come", () => held() > size / 3);
+    await killAll(c);
+    const before = held();
+    expect(before).toBeLessThan(size);
+    await c.start();
+    await cluster.settled();
+    expect(await sha256(join(c.root, "large.bin"))).toBe(digest);
+    const offsets = () => getsOf([cluster.master, b], "large.bin").filter(({ offset = 0 }) => offset > 0);
+    const rest = await waitFor("it is logged", () => offsets()[0]);
+    expect([rest.offset, rest.bytes]).toEqual([before, size - before]);
+  });
+
+  test("bytes that are damaged on the way do not land", async () => {
+    await using cluster = await startCluster({ replicas: 1 });
+    const [a] = cluster.nodes as [Node, Node];
+    let damaged = 0;
+    const flipAt = 200_000;
+    using proxy = startProxy({
+      target: a.server.port,
+      toClient: (bytes, offset) => {
+        if (offset <= flipAt && offset + bytes.length > flipAt && damaged < 3) {
+          damaged++;
+          const copy = new Uint8Array(bytes);
+          copy[flipAt - offset]! ^= 4;
+          return copy;
+        }
+        return bytes;
+      },
+    });
+    const c = await cluster.add({}, undefined, ["--join", proxy.address]);
+    await cluster.live();
+    const digest = writeLargeFile(join(a.root, "large.bin"), 4 * MIB, 12);
+    const found = new Set<string>();
+    await waitFor("it is there", async () => {
+      if (!readdirSync(c.root).includes("large.bin")) return false;
+      found.add(await sha256(join(c.root, "large.bin")));
+      return true;
+    });
+    await cluster.settled();
+    expect([...found]).toEqual([digest]);
+    expect(damaged).toBeGreaterThan(0);
+  });
+
+  test("a download goes on when the replica that serves it is killed, 20 times", async () => {
+    const size = 10 * MIB;
+    using folder = temporaryFolder();
+    const source = join(folder.path, "source");
+    const digest = writeLargeFile(source, size, 13);
+    await using cluster = await startCluster({ replicas: 3, args: ["--writable", "--limit-rate", "12M"] });
+    cpSync(source, join(cluster.master.root, "film"));
+    await cluster.settled();
+    const whole = readFileSync(source);
+    for (let round = 0; round < 20; round++) {
+      const file = join(folder.path, `got${round}`);
+      const way = round % 3;
+      const more = way === 2 ? ["--segments", "3"] : [];
+      const args = way === 1 ? ["cat", "film"] : ["get", "film", "-o", file, ...more];
+      const before = cluster.master.server.log.filter(({ event }) => event === "redirect").length;
+      const client = spawnClient(cluster.address, [...args, "-q"]);
+      const out = new Response(client.stdout).bytes();
+      const errors = new Response(client.stderr).text();
+      const sent = await waitFor("it is sent to one", () => {
+        return cluster.master.server.log.filter(({ event }) => event === "redirect")[before]?.to;
+      });
+      const victim = cluster.replicas.find(({ server }) => server.address === sent)!;
+      const part = `${file}.part`;
+      if (way !== 1) await waitFor("some of it has come", () => Bun.file(part).size > MIB);
+      // At a limited rate: what it takes for a connection is all that a test sees of a pipe that is read to its end.
+      else await waitFor("it is connected", async () => (await victim.status().catch(() => undefined)) !== undefined);
+      await killAll(victim);
+      expect([round, await client.exited, await errors]).toEqual([round, 0, ""]);
+      if (way === 1) expect((await out).length === size && whole.equals(await out)).toBe(true);
+      else expect(await sha256(file)).toBe(digest);
+      await victim.start();
+      await cluster.live();
+    }
+  });
+
+  test("--server tries the next master", async () => {
+    await using cluster = await startCluster({ replicas: 1, files: { file: "content" } });
+    await using other = await startCluster({ replicas: 0, files: { file: "other" } });
+    const both = `${other.address},${cluster.address}`;
+    expect((await runClient(both, ["cat", "file"])).output).toBe("other");
+    await killAll(other.master);
+    expect(await runClient(both, ["cat", "-q", "file"])).toMatchObject({ status: 0, output: "content", errors: "" });
+  });
+
+  test("what was put through a replica that dies is on all, or the client says that it is not", async () => {
+    await using cluster = await startCluster({ replicas: 3, args: ["--writable", "--limit-rate", "16M"] });
+    using folder = temporaryFolder();
+    const size = 8 * MIB;
+    for (let round = 0; round < 6; round++) {
+      const name = `up${round}`;
+      const digest = writeLargeFile(join(folder.path, name), size, 100 + round);
+      const before = cluster.master.server.log.filter(({ event }) => event === "redirect").length;
+      const args = ["put", "-q", name, ...(round === 5 ? ["--retries", "0"] : [])];
+      const client = spawnClient(cluster.address, args, { cwd: folder.path });
+      const errors = new Response(client.stderr).text();
+      const sent = await waitFor("it is sent to one", () => {
+        return cluster.master.server.log.filter(({ event }) => event === "redirect")[before]?.to;
+      });
+      const victim = cluster.replicas.find(({ server }) => server.address === sent)!;
+      const staging = join(victim.root, ".reprise");
+      const staged = () => readdirSync(staging).filter((name) => name.startsWith("put-") && !name.endsWith(".lock"));
+      if (round % 2 === 0)
+        await waitFor("some of it is there", () => {
+          return staged().some((name) => (Bun.file(join(staging, name)).size || 0) > MIB);
+        });
+      // All of it is there, and not yet acknowledged, or just so.
+      else await waitFor("it has its name", () => readdirSync(victim.root).includes(name));
+      await killAll(victim);
+      const status = await client.exited;
+      if (status !== 0) expect(await errors).not.toBe("");
+      if (round !== 5) expect([round, status, await errors]).toEqual([round, 0, ""]);
+      const alive = cluster.nodes.filter((node) => node !== victim);
+      await cluster.live(2);
+      if (status === 0) {
+        await waitFor("all that are there have it", async () => {
+          const digests = await Promise.all(alive.map(({ root }) => sha256(join(root, name)).catch(() => "")));
+          return digests.every((found) => found === digest);
+        });
+      }
+      await victim.start();
+      await cluster.live();
+      const tree = await cluster.settled();
+      expect(tree.filter((line) => line.includes(".conflict-"))).toEqual([]);
+      if (status === 0) expect(await sha256(join(victim.root, name))).toBe(digest);
+    }
   });
 });
