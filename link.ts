@@ -342,7 +342,7 @@ export function readFromMember(message: Fields): FromMember {
 export function readFromMaster(message: Fields): FromMaster {
   const { kind } = message;
   const isRight =
-    (kind === "joined" && all(isText, message.node, message.ledger, message.secret)) ||
+    (kind === "joined" && isText(message.ledger) && isWord(message.node, message.secret)) ||
     (kind === "called" && isText(message.node)) ||
     (kind === "stretch" && isCount(message.pruned) && isStretch(message.stretch)) ||
     (kind === "decided" && isCount(message.id) && isList(message.decisions, isDecision)) ||
@@ -352,28 +352,33 @@ export function readFromMaster(message: Fields): FromMaster {
 }
 
 function isStretch(value: unknown): boolean {
-  const { after, revision, records, snapshot } = (value ?? {}) as Stretch;
+  if (!isObject(value)) return false;
+  const { after, revision, records, snapshot } = value as unknown as Stretch;
   return isCount(after, revision) && isList(records, isRecord) && [undefined, "part", "complete"].includes(snapshot);
 }
 
 function isRecord(value: unknown): boolean {
-  const { path, revision, origin, over } = value as Record;
+  if (!isObject(value)) return false;
+  const { path, revision, origin, over } = value as unknown as Record;
   return isPath(path) && isCount(revision) && isVersion(value) && isText(origin) && isText(over);
 }
 
 function isProposal(value: unknown): boolean {
-  const { path, base, version } = value as Proposal;
+  if (!isObject(value)) return false;
+  const { path, base, version } = value as unknown as Proposal;
   return isPath(path) && isCount(base) && isVersion(version);
 }
 
 function isVersion(value: unknown): boolean {
-  const { kind, size, mtime, sha256 } = (value ?? {}) as Version;
-  if (!isCount(size) || !Number.isSafeInteger(mtime)) return false;
+  if (!isObject(value)) return false;
+  const { kind, size, mtime, sha256 } = value as unknown as Version;
+  if (!isCount(size) || !Number.isSafeInteger(mtime) || !isText(sha256)) return false;
   return kind === "file" ? /^[0-9a-f]{64}$/.test(sha256) : (kind === "folder" || kind === "gone") && sha256 === "";
 }
 
 function isDecision(value: unknown): boolean {
-  const { revision, refusedFor } = value as { revision?: unknown; refusedFor?: unknown };
+  if (!isObject(value)) return false;
+  const { revision, refusedFor } = value;
   return isCount(revision ?? refusedFor);
 }
 
@@ -405,16 +410,12 @@ function isCount(...values: unknown[]): boolean {
   return values.every((value) => Number.isSafeInteger(value) && (value as number) >= 0);
 }
 
-function isList(value: unknown, isItem: (item: unknown) => boolean): boolean {
-  return (
-    Array.isArray(value) &&
-    value.every((item) => (item !== null && typeof item === "object") || isText(item)) &&
-    value.every(isItem)
-  );
+function isObject(value: unknown): value is Fields {
+  return typeof value === "object" && value !== null;
 }
 
-function all(isRight: (value: unknown) => boolean, ...values: unknown[]): boolean {
-  return values.every(isRight);
+function isList(value: unknown, isItem: (item: unknown) => boolean): boolean {
+  return Array.isArray(value) && value.every(isItem);
 }
 
 function bad(kind: unknown): RepriseError {

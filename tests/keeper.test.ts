@@ -1,0 +1,42 @@
+/** The keeper of a cluster among hostile members, lost files and a tree that goes away: parts by themselves, and real servers. */
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { readFromMaster, readFromMember } from "../link.ts";
+import { RepriseError } from "../protocol.ts";
+import { TEST_MS } from "./fixtures.ts";
+
+setDefaultTimeout(TEST_MS);
+
+const SHA = "a".repeat(64);
+const file = { kind: "file", size: 1, mtime: 1, sha256: SHA };
+
+describe("a LINK that is not what it should be", () => {
+  const join = { kind: "join", version: 1, node: "n", host: "", port: 1, secret: "s".repeat(43) };
+  const propose = (proposals: unknown) => ({ kind: "propose", id: 1, origin: "n", proposals });
+  const stretch = (more: unknown) => ({ kind: "stretch", pruned: 0, stretch: more });
+  const record = { ...file, path: "a", revision: 1, origin: "n", over: "" };
+
+  test("is told from one that is", () => {
+    expect(readFromMember(join)).toEqual(join as never);
+    expect(readFromMember(propose([{ path: "a", base: 0, version: file }]))).toMatchObject({ id: 1 });
+    expect(readFromMaster(stretch({ after: 0, revision: 1, records: [record] }))).toMatchObject({ pruned: 0 });
+  });
+
+  const bad: { [what: string]: () => unknown } = {
+    "no version": () => readFromMember(propose([{ path: "a", base: 0 }])),
+    "a version of null": () => readFromMember(propose([{ path: "a", base: 0, version: null }])),
+    "a proposal of null": () => readFromMember(propose([null])),
+    "a digest in a list": () => readFromMember(propose([{ path: "a", base: 0, version: { ...file, sha256: [SHA] } }])),
+    "a hidden path": () => readFromMember(propose([{ path: ".reprise/x", base: 0, version: file }])),
+    "a path that leads out": () => readFromMember(propose([{ path: "../x", base: 0, version: file }])),
+    "an empty secret": () => readFromMember({ ...join, secret: "" }),
+    "no stretch": () => readFromMaster({ kind: "stretch", pruned: 0 }),
+    "a stretch of null": () => readFromMaster(stretch(null)),
+    "a record of null": () => readFromMaster(stretch({ after: 0, revision: 1, records: [null] })),
+    "a decision of null": () => readFromMaster({ kind: "decided", id: 1, decisions: [null] }),
+    "a decision without a number": () => readFromMaster({ kind: "decided", id: 1, decisions: [{}] }),
+    "an empty secret of the master": () => readFromMaster({ kind: "joined", node: "n", ledger: "l", secret: "" }),
+  };
+  for (const [what, read] of Object.entries(bad)) {
+    test(`is refused: ${what}`, () => expect(read).toThrow(RepriseError));
+  }
+});
