@@ -377,8 +377,13 @@ class Keeper {
   /** At the master: takes in what the ledger has, and tells the members. */
   #follow(): void {
     const ledger = this.#ledger!;
+    let at = this.#state.cursor;
+    let isWithinSnapshot = false;
     while (this.#state.cursor < ledger.revision) {
-      const stretch = ledger.read(this.#state.cursor, STRETCH_RECORDS);
+      // The cursor stays where it is until the whole of a snapshot is there.
+      const stretch = ledger.read(at, STRETCH_RECORDS, isWithinSnapshot);
+      at = stretch.revision;
+      isWithinSnapshot = stretch.snapshot === "part";
       this.#take([{ kind: "stretch", ...stretch }]);
     }
     this.#pumpAll();

@@ -1,8 +1,11 @@
 /** The keeper of a cluster among hostile members, lost files and a tree that goes away: parts by themselves, and real servers. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { mkdirSync } from "node:fs";
+import { EmbeddedLedger, FOLDER, GONE, type Version } from "../ledger.ts";
 import { readFromMaster, readFromMember } from "../link.ts";
 import { RepriseError } from "../protocol.ts";
-import { TEST_MS } from "./fixtures.ts";
+import { statusOf } from "./clusters.ts";
+import { makeRoot, runClient, startServer, TEST_MS, waitFor } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
 
@@ -39,4 +42,30 @@ describe("a LINK that is not what it should be", () => {
   for (const [what, read] of Object.entries(bad)) {
     test(`is refused: ${what}`, () => expect(read).toThrow(RepriseError));
   }
+});
+
+describe("a master without its index", () => {
+  test("takes a log of many records in that has forgotten deletions", async () => {
+    using root = makeRoot({ "new.txt": "new" });
+    mkdirSync(`${root.path}/.reprise`, { recursive: true });
+    const ledger = new EmbeddedLedger(`${root.path}/.reprise/ledger.sqlite`);
+    const propose = (path: string, version: Version) => ({ path, base: ledger.newest(path)?.revision ?? 0, version });
+    const names = Array.from({ length: 1200 }, (_, number) => `folder${number}`);
+    ledger.append(
+      "another",
+      names.map((name) => propose(name, FOLDER)),
+    );
+    ledger.append("another", [propose("folder7", GONE)]);
+    ledger.prune(ledger.revision);
+    expect(ledger.pruned).toBeGreaterThan(0);
+    ledger.close();
+
+    await using server = await startServer(root.path, { args: ["--writable"] });
+    await waitFor("it has all of the log", async () => (await statusOf(server.address)).revision > 1200);
+    const { status, errors } = await runClient(server.address, ["put", `${root.path}/new.txt`, "-t", ""]);
+    expect({ status, errors }).toMatchObject({ status: 0 });
+    const { output } = await runClient(server.address, ["ls"]);
+    expect(output).toContain("folder1199");
+    expect(output).not.toContain("folder7/");
+  });
 });
