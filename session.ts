@@ -445,7 +445,7 @@ export class Session {
   /** [link] Returns whether there was one: by then the connection is at its end. */
   async #carry(message: Record<string, unknown>): Promise<boolean> {
     const { settings, hub, draining } = this.#worker;
-    const refusal = await this.#linkRefusal();
+    const refusal = await this.#linkRefusal(message);
     if (refusal) {
       // What closes the connection has been logged if nobody heard it.
       if (refusal.code !== "lost") logRefusal(settings, { event: "link", status: refusal.code, ...this.#who });
@@ -473,9 +473,12 @@ export class Session {
   }
 
   /** Why this peer is no member, or undefined. */
-  async #linkRefusal(): Promise<RepriseError | undefined> {
-    if (this.#worker.tokens) {
-      const isMember = this.#token?.access === "replica" && this.#token.folder === "";
+  async #linkRefusal({ kind }: Record<string, unknown>): Promise<RepriseError | undefined> {
+    const { tokens, hub } = this.#worker;
+    if (tokens) {
+      // What members know each other by is for being called back: who was a member once is not to join by that.
+      const isKnown = this.#token !== undefined && kind !== "call" && hub.members.holds(this.#token);
+      const isMember = this.#token?.access === "replica" && this.#token.folder === "" && !isKnown;
       return isMember ? undefined : this.#denial();
     }
     if (isLoopback(this.#peer)) return undefined;

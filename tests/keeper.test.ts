@@ -1,13 +1,34 @@
 /** The keeper of a cluster among hostile members, lost files and a tree that goes away: parts by themselves, and real servers. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync } from "node:fs";
+import { Index } from "../index.ts";
 import { EmbeddedLedger, FOLDER, GONE, type Version } from "../ledger.ts";
-import { readFromMaster, readFromMember } from "../link.ts";
-import { RepriseError } from "../protocol.ts";
+import { call, readFromMaster, readFromMember, Up } from "../link.ts";
+import { type ErrorCode, RepriseError } from "../protocol.ts";
+import { addToken } from "../tokens.ts";
 import { statusOf } from "./clusters.ts";
 import { makeRoot, runClient, startServer, TEST_MS, waitFor } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
+
+/** What a server answers to who joins it with a token. */
+async function joinWith(address: string, token: string | undefined, node = "stranger"): Promise<ErrorCode | "joined"> {
+  const [host, port] = address.split(":");
+  const { promise, resolve } = Promise.withResolvers<ErrorCode | "joined">();
+  const up = new Up({
+    address: { host: host!, port: Number(port) },
+    token,
+    ca: undefined,
+    join: { kind: "join", version: 1, node, host: "127.0.0.1", port: Number(port), secret: "s".repeat(43) },
+    onJoined: () => resolve("joined"),
+    onMessage: () => {},
+    onLost: ({ code }) => resolve(code),
+  });
+  void up.run();
+  const answer = await promise;
+  up.close();
+  return answer;
+}
 
 const SHA = "a".repeat(64);
 const file = { kind: "file", size: 1, mtime: 1, sha256: SHA };
@@ -67,5 +88,22 @@ describe("a master without its index", () => {
     const { output } = await runClient(server.address, ["ls"]);
     expect(output).toContain("folder1199");
     expect(output).not.toContain("folder7/");
+  });
+});
+
+describe("what members know each other by", () => {
+  test("answers a call, and lets nobody join", async () => {
+    using root = makeRoot({ "a.txt": "a" });
+    using folder = makeRoot({});
+    const tokens = `${folder.path}/tokens.json`;
+    const token = addToken(tokens, { name: "b", access: "replica", folder: "" });
+    await using server = await startServer(root.path, { args: ["--tokens", tokens] });
+    // The first who joins makes the server a master; nobody answers for that one where it says it is.
+    expect(await joinWith(server.address, token)).toBe("refused");
+    const secret = String(new Index(`${root.path}/.reprise/index.sqlite`).fact("secret"));
+    const node = new Index(`${root.path}/.reprise/index.sqlite`).node;
+    const [host, port] = server.address.split(":");
+    await call({ host: host!, port: Number(port), token: secret, ca: undefined, node });
+    expect(await joinWith(server.address, secret)).toBe("denied");
   });
 });
