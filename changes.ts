@@ -174,9 +174,19 @@ export class Changes {
     }
   }
 
+  /** Bytes that uploads may still take of the file system. */
+  get freeBytes(): number {
+    return (this.#limits.room ?? new Room(this.#stagingFd, 0)).look();
+  }
+
   /** Bytes that are held of an upload. */
   held(id: string): number {
     return Number(lookAt(`${this.#staging}/put-${id}`)?.size ?? 0);
+  }
+
+  /** Nobody goes on with that upload. */
+  forget(id: string): void {
+    removeUpload(`${this.#staging}/put-${id}`);
   }
 
   /**
@@ -470,7 +480,7 @@ class Room {
   /** Whether so much could be taken. */
   has(bytes: number): boolean {
     if (bytes <= this.#allowed) return true;
-    const most = this.#look();
+    const most = this.look();
     this.#allowed = Math.min(LOOK_BYTES, most);
     return bytes <= most;
   }
@@ -487,7 +497,7 @@ class Room {
     this.#unwritten -= bytes;
   }
 
-  #look(): number {
+  look(): number {
     const { blocks, bavail, bsize } = statfsSync(this.#folder);
     // A tmpfs without a limit, and what does not know, count no blocks at all.
     return blocks === 0 ? Number.POSITIVE_INFINITY : Math.max(0, bavail * bsize - this.keepFree - this.#unwritten);

@@ -643,7 +643,9 @@ class Keeper {
       nodes: message.nodes,
       problem: message.problem,
     });
-    down.isLive ||= down.revision >= down.target;
+    // What a member cannot have does not keep it from the rest: for that it sends clients on.
+    const reached = message.problem === undefined ? down.revision : down.known;
+    down.isLive ||= reached >= down.target;
     if (down.isLive !== wasLive) {
       log(this.#logSettings, { event: "member", peer: down.address, status: "live" });
       this.#publish();

@@ -283,6 +283,11 @@ export class Placer {
     const { changes } = this.#options;
     const id = digestEtag(record.sha256);
     const held = Math.min(changes.held(id), record.size);
+    // Not fetched again and again up to where the disk is full, and small ones still find room.
+    if (record.size - held > changes.freeBytes) {
+      changes.forget(id);
+      throw new RepriseError("no_room", `no room for ${quote(record.path)} (${record.size} bytes)`);
+    }
     const target = new StagedTarget(changes, { ...this.#putOf(want), id, offset: held });
     try {
       await this.#remoteOf(this.#holderOf(want)).download(record.path, target);
@@ -291,6 +296,7 @@ export class Placer {
       target.upload.drop();
       throw damaged(record);
     } catch (error) {
+      if (error instanceof RepriseError && error.code === "no_room") target.upload.drop();
       target.upload.close();
       throw error;
     }

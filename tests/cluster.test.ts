@@ -472,7 +472,8 @@ describe("interruptions", () => {
     await c.start();
     await cluster.settled();
     expect(await sha256(join(c.root, "large.bin"))).toBe(digest);
-    const offsets = () => getsOf([cluster.master, b], "large.bin").filter(({ offset = 0 }) => offset > 0);
+    const offsets = () =>
+      getsOf([cluster.master, b], "large.bin").filter(({ offset = 0, bytes = 0 }) => offset > 0 && bytes > 0);
     const rest = await waitFor("it is logged", () => offsets()[0]);
     expect([rest.offset, rest.bytes]).toEqual([before, size - before]);
   });
@@ -593,5 +594,262 @@ describe("interruptions", () => {
       expect(tree.filter((line) => line.includes(".conflict-"))).toEqual([]);
       if (status === 0) expect(await sha256(join(victim.root, name))).toBe(digest);
     }
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- conflicts
+
+describe("conflicts", () => {
+  const LONG = `${"ü".repeat(120)}.tar.gz`;
+  type Sides = [b: string | null, c: string | null, a?: string];
+  /** What each side makes of a file that was "before", null for a deletion; what the folder then has, in any order. */
+  const CASES: Record<string, { name?: string; sides: Sides; remains: string[] }> = {
+    "both change": { sides: ["by b", "by c"], remains: ["by b", "by c"] },
+    "three ways": { sides: ["by b", "by c", "by a"], remains: ["by a", "by b", "by c"] },
+    "change against deletion": { sides: ["by b", null], remains: ["by b"] },
+    "deletion against change": { sides: [null, "by c"], remains: ["by c"] },
+    "deletion on both": { sides: [null, null], remains: [] },
+    "the same on both": { sides: ["same", "same"], remains: ["same"] },
+    "a long name": { name: LONG, sides: ["by b", "by c"], remains: ["by b", "by c"] },
+    dots: { name: "a.b..c.d", sides: ["by b", "by c"], remains: ["by b", "by c"] },
+    unicode: { name: "ファイル 🙂.ęxt", sides: ["by b", "by c"], remains: ["by b", "by c"] },
+    "no extension": { name: "Makefile", sides: ["by b", "by c"], remains: ["by b", "by c"] },
+  };
+
+  async function separated(work: (cluster: Cluster, b: Node, c: Node) => void | Promise<void>, before: Files) {
+    const cluster = await startCluster({ replicas: 2, files: before });
+    const [, b, c] = cluster.nodes as [Node, Node, Node];
+    await cluster.settled();
+    await cluster.master.kill();
+    await waitFor("both know", async () => (await b.status()).problem && (await c.status()).problem);
+    await work(cluster, b, c);
+    // By a look at their own trees, or when they start next.
+    await cluster.master.start();
+    await cluster.live();
+    await cluster.settled();
+    return cluster;
+  }
+
+  test("what two or three change while they are separated has one winner, and a copy of each other", async () => {
+    const before: Files = {};
+    for (const [what, { name = "file.txt" }] of Object.entries(CASES)) before[`${what}/${name}`] = "before";
+    const change = ({ root }: Node, path: string, content: string | null | undefined) => {
+      if (content === null) unlinkSync(join(root, path));
+      else if (content !== undefined) writeFileSync(join(root, path), content);
+    };
+    await using cluster = await separated(({ master }, b, c) => {
+      for (const [what, { name = "file.txt", sides }] of Object.entries(CASES)) {
+        const path = `${what}/${name}`;
+        change(b, path, sides[0]);
+        change(c, path, sides[1]);
+        change(master, path, sides[2]);
+        if (what === "the same on both") for (const { root } of [b, c]) utimesSync(join(root, path), 1, 77);
+      }
+    }, before);
+    const [a] = cluster.nodes as [Node];
+    await waitFor("nothing more comes of it", () => {
+      return Object.entries(CASES).every(([what, { remains }]) => {
+        return Bun.deepEquals(Object.values(filesIn(a, what)).sort(), remains);
+      });
+    });
+    await cluster.settled();
+    for (const [what, { name = "file.txt", remains }] of Object.entries(CASES)) {
+      const names = Object.keys(filesIn(a, what));
+      expect([what, Object.values(filesIn(a, what)).sort()]).toEqual([what, remains]);
+      if (remains.length > 0) expect(names).toContain(name);
+      for (const copy of names.filter((found) => found !== name)) {
+        const extension = name.lastIndexOf(".") > 0 ? name.slice(name.lastIndexOf(".")) : "";
+        expect(copy).toMatch(/\.conflict-[0-9a-f]{8}-\d{8}T\d{6}Z/);
+        expect(copy).toEndWith(extension);
+        if (name !== LONG) expect(copy).toStartWith(`${extension ? name.slice(0, -extension.length) : name}.conflict-`);
+      }
+    }
+  });
+
+  test("only another time on both is no conflict", async () => {
+    await using cluster = await separated(
+      (_, b, c) => {
+        utimesSync(join(b.root, "file"), 1, 1000);
+        utimesSync(join(c.root, "file"), 1, 2000);
+      },
+      { file: "content" },
+    );
+    const times = () => cluster.nodes.map(({ root }) => Math.round(statSync(join(root, "file")).mtimeMs));
+    await waitFor("all have one", () => new Set(times()).size === 1 && [1e6, 2e6].includes(times()[0]!));
+    expect((await cluster.settled()).length).toBe(1);
+  });
+
+  test("a folder against a file, and what is in it, are all kept", async () => {
+    await using cluster = await separated(
+      (_, b, c) => {
+        writeTree(b.root, { "new/in/it": "of b", old2: "x", file2: "b" });
+        writeFileSync(join(c.root, "new"), "of c");
+        rmSync(join(b.root, "old"), { recursive: true });
+        writeFileSync(join(b.root, "old"), "a file of b");
+        writeTree(c.root, { "old/more": "of c, in the folder" });
+        unlinkSync(join(c.root, "file"));
+        writeTree(c.root, { "file/in": "of c, for a file" });
+        writeFileSync(join(b.root, "file"), "changed by b");
+      },
+      { "old/one": "1", file: "before" },
+    );
+    const contents = (): string[] => {
+      const tree = readdirSync(cluster.master.root, { recursive: true, withFileTypes: true });
+      const files = tree.filter((entry) => entry.isFile() && !entry.parentPath.includes(".reprise"));
+      return files.map(({ parentPath, name }) => readFileSync(join(parentPath, name), "utf8")).sort();
+    };
+    const all = ["a file of b", "b", "changed by b", "of b", "of c", "of c, for a file", "of c, in the folder", "x"];
+    await waitFor("all is there", () => Bun.deepEquals(contents(), all.sort()));
+    await cluster.settled();
+    expect(contents()).toEqual(all.sort());
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- coming back
+
+describe("coming back", () => {
+  const gone = ({ root }: Node, path: string) => !readdirSync(root).includes(path);
+
+  test("what was deleted while a member was away stays deleted", async () => {
+    await using cluster = await startCluster({ replicas: 2, files: { one: "1", "two/in": "2", three: "3" } });
+    const [, b, c] = cluster.nodes as [Node, Node, Node];
+    await cluster.settled();
+    await c.server.stop("SIGTERM");
+    const remote = remoteOf(b);
+    await remote.remove("one");
+    await remote.remove("two", true);
+    remote.close();
+    await c.start();
+    await cluster.live();
+    expect((await cluster.settled()).map((line) => line.split(" ")[0])).toEqual(["three"]);
+  });
+
+  test("a member that was away longer than deletions are remembered brings nothing back but its own changes", async () => {
+    const files = { stays: "0", one: "1", "two/in": "2", "two/in2": "2", changed: "3", both: "4" };
+    await using cluster = await startCluster({ replicas: 2, files });
+    const [a, b, c] = cluster.nodes as [Node, Node, Node];
+    await cluster.settled();
+    await c.server.stop("SIGTERM");
+    for (const name of ["one", "two", "both"]) rmSync(join(b.root, name), { recursive: true });
+    await waitFor("they are gone", () => ["one", "two", "both"].every((name) => gone(a, name)));
+    await cluster.settled([a, b]);
+    await a.server.stop("SIGTERM");
+    const ledger = new EmbeddedLedger(join(a.root, ".reprise/ledger.sqlite"));
+    // As if a month had passed without the member.
+    ledger.prune(ledger.revision, Date.now() + 31 * 24 * 3600 * 1000);
+    expect(ledger.pruned).toBeGreaterThan(0);
+    ledger.close();
+    writeTree(c.root, { changed: "by c", "own/new": "of c", both: "changed by c" });
+    await a.start();
+    await c.start();
+    await cluster.live();
+    await waitFor("its changes are there", () => ["changed", "own", "both"].every((name) => !gone(a, name)));
+    await cluster.settled();
+    expect(filesIn(a, "")).toEqual(
+      expect.objectContaining({ stays: "0", changed: "by c", own: "(folder)", both: "changed by c" }),
+    );
+    expect((await cluster.settled()).map((line) => line.split(" ")[0])).toEqual([
+      "both",
+      "changed",
+      "own",
+      "own/new",
+      "stays",
+    ]);
+  });
+
+  test("a root with files that joins first becomes part of the tree", async () => {
+    await using cluster = await startCluster({
+      replicas: 1,
+      files: { "same.txt": "same", "other.txt": "of a", a: "a" },
+    });
+    const [a] = cluster.nodes as [Node];
+    await cluster.settled();
+    const c = await cluster.add({ "same.txt": "same", "other.txt": "of c", c: "c", "folder/d": "d" });
+    await cluster.live();
+    await waitFor("it has come", () => !gone(a, "c") && Object.values(filesIn(a, "")).includes("of c"));
+    const names = (await cluster.settled()).map((line) => line.split(" ")[0]!);
+    const copy = names.find((name) => name.includes(".conflict-"))!;
+    expect(names).toEqual(["a", "c", "folder", "folder/d", copy, "other.txt", "same.txt"].sort());
+    expect(copy).toMatch(/^other\.conflict-[0-9a-f]{8}-\d{8}T\d{6}Z\.txt$/);
+    expect([filesIn(a, "")["other.txt"], filesIn(a, "")[copy]]).toEqual(["of a", "of c"]);
+    expect(getsOf(cluster.nodes, "same.txt").map(({ peer }) => peer).length).toBe(1);
+    expect(gone(c, "a")).toBe(false);
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- hindrances
+
+describe("hindrances", () => {
+  test("a member whose disk is full says so, the others go on, and it catches up", async () => {
+    if (process.getuid?.() !== 0) return console.log("skipped: only root may mount a small disk");
+    using disk = mountSmall("12m");
+    if (!disk) return;
+    await using cluster = await startCluster({ replicas: 1 });
+    await using full = await startServer(disk.path, { args: ["--writable", "--keep-free", "0", "--join", cluster.address] });
+    await waitFor("it is live", async () => {
+      return (await cluster.master.status()).replicas.every(({ state }) => state === "live");
+    });
+    const [a, b] = cluster.nodes as [Node, Node];
+    writeLargeFile(join(b.root, "one"), 7 * MIB, 1);
+    writeLargeFile(join(b.root, "two"), 7 * MIB, 2);
+    const said = await waitFor("status says it", async () => {
+      const { replicas } = await a.status();
+      return replicas.find(({ address, problem }) => address === full.address && problem !== undefined);
+    });
+    expect([said.state, said.lag > 0]).toEqual(["live", true]);
+    expect((await runClient(cluster.address, ["status"])).output).toContain(said.problem!);
+    const remote = remoteOf(b);
+    await put(remote, "small", randomBytes(1000, 3));
+    remote.close();
+    await waitFor("small ones still come", () => readdirSync(disk.path).includes("small"));
+    // What is not there is had from who has it.
+    for (const name of ["one", "two"]) {
+      const run = await runClient(full.address, ["cat", "-q", name]);
+      expect([run.status, run.stdout.length]).toEqual([0, 7 * MIB]);
+    }
+    unlinkSync(join(a.root, "one"));
+    await waitFor("it has caught up", () => Bun.deepEquals(treeOf(disk.path), treeOf(b.root)));
+    await waitFor("status says so", async () => {
+      return (await a.status()).replicas.every(({ problem, lag }) => problem === undefined && lag === 0);
+    });
+    expect(readdirSync(disk.path).sort()).toEqual([".reprise", "small", "two"]);
+  });
+
+  test("a name that a member cannot have is said in status, and all else goes on", async () => {
+    await using cluster = await startCluster({ replicas: 2 });
+    const [a, b, c] = cluster.nodes as [Node, Node, Node];
+    // A link is nobody's to replace: the name cannot be had here.
+    symlinkSync("/nowhere", join(c.root, "name"));
+    writeTree(b.root, { name: "of b", "other/one": "1" });
+    const said = await waitFor("status says it", async () => {
+      const { replicas } = await a.status();
+      return replicas.find(({ address, problem }) => address === c.server.address && problem !== undefined);
+    });
+    expect(said.problem).toContain("name");
+    await reachesAll(cluster, b, "other");
+    writeTree(b.root, { "other/two": "2" });
+    await reachesAll(cluster, b, "other");
+    const run = await runClient(c.server.address, ["cat", "-q", "name"]);
+    expect([run.status, run.output]).toEqual([0, "of b"]);
+    // Also one that comes with it from the start is of use.
+    await c.server.stop("SIGTERM");
+    await c.start();
+    await cluster.live();
+    unlinkSync(join(c.root, "name"));
+    await cluster.settled();
+  });
+
+  test("clocks that differ", async () => {
+    const faketime = Bun.which("faketime");
+    if (!faketime) return console.log("skipped: faketime is not installed");
+    await using cluster = await startCluster({ replicas: 1 });
+    using root = makeRoot({});
+    const args = ["--writable", "--join", cluster.address];
+    await using late = await startServer(root.path, { args, runBy: [faketime, "-f", "-5h"] });
+    writeTree(cluster.replicas[0]!.root, { one: "1" });
+    await waitFor("it has it", () => Bun.deepEquals(treeOf(root.path), treeOf(cluster.replicas[0]!.root)));
+    writeFileSync(join(root.path, "one"), "changed");
+    await waitFor("all have it", () => readFileSync(join(cluster.master.root, "one"), "utf8") === "changed");
+    expect((await statusOf(late.address)).problem).toBeUndefined();
   });
 });
