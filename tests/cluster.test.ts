@@ -510,7 +510,7 @@ describe("interruptions", () => {
   });
 
   test("a download goes on when the replica that serves it is killed, 20 times", async () => {
-    const size = 10 * MIB;
+    const size = 6 * MIB;
     using folder = temporaryFolder();
     const source = join(folder.path, "source");
     const digest = writeLargeFile(source, size, 13);
@@ -785,7 +785,9 @@ describe("hindrances", () => {
     using disk = mountSmall("12m");
     if (!disk) return;
     await using cluster = await startCluster({ replicas: 1 });
-    await using full = await startServer(disk.path, { args: ["--writable", "--keep-free", "0", "--join", cluster.address] });
+    await using full = await startServer(disk.path, {
+      args: ["--writable", "--keep-free", "0", "--join", cluster.address],
+    });
     await waitFor("it is live", async () => {
       return (await cluster.master.status()).replicas.every(({ state }) => state === "live");
     });
