@@ -85,6 +85,8 @@ export class Placer {
 
   /** What keeps the tree behind, in one line. */
   get problem(): string | undefined {
+    // What was set right in some other way is none any more.
+    for (const path of this.#problems.keys()) if (!this.#options.index.get(path)?.target) this.#problems.delete(path);
     const [first] = this.#problems.values();
     const others = this.#problems.size - 1;
     return first && others > 0 ? `${first} (and ${others} more)` : first;
@@ -107,7 +109,6 @@ export class Placer {
       const isProblem =
         outcome instanceof RepriseError && !UNEXPECTED.has(outcome.code) && outcome.code !== "not_found";
       if (isProblem) this.#problems.set(path, outcome.message);
-      else this.#problems.delete(path);
       return this.#options.examine([path, name]);
     }
   }
@@ -423,7 +424,6 @@ export class Placer {
   }
 
   #placed({ record, elsewhere }: Want, outcome: Outcome): Event {
-    this.#problems.delete(record.path);
     if (elsewhere) this.#options.examine([elsewhere]);
     if (elsewhere) return { kind: "kept", record };
     return { kind: "placed", record, etag: (outcome as Meta | undefined)?.etag ?? "" };
@@ -493,10 +493,7 @@ export class Placer {
   /** If it is still what is to be done. */
   #wantAgain(want: Want): void {
     const entry = this.#options.index.get(want.record.path);
-    if (entry?.target?.revision !== want.record.revision) {
-      this.#problems.delete(want.record.path);
-      return;
-    }
+    if (entry?.target?.revision !== want.record.revision) return;
     this.#wanted.set(want.record.path, { ...want, etag: entry.etag });
     this.#work();
   }
