@@ -221,6 +221,7 @@ export class Up {
       const message = readFromMaster(await nextLink(this.#connection));
       if (message.kind === "joined") {
         this.#isJoined = true;
+        this.#connection.timeoutMs = LEASE_MS;
         this.problem = undefined;
         onJoined(message);
       } else if (this.#isJoined) onMessage(message);
@@ -231,7 +232,7 @@ export class Up {
 
 type OpenOptions = Address & { token: string | undefined; ca: string | undefined; signal?: AbortSignal };
 
-/** Connects to a server, and begins a link; `timeoutMs` is for its first answer. Throws `lost`, `insecure`, and what the server says. */
+/** Connects to a server, and begins a link; `timeoutMs` is for its answers. Throws `lost`, `insecure`, and what the server says. */
 async function open(
   { host, port, tls = false, token, ca, signal, timeoutMs }: OpenOptions & { timeoutMs: number },
   first: FromMember,
@@ -256,7 +257,6 @@ async function open(
     const answer = decodeAnswer(frame);
     if (answer.type === "error") throw answer.error;
     if (answer.type !== "welcome") throw new RepriseError("bad_frame");
-    connection.timeoutMs = LEASE_MS;
     return connection;
   } catch (error) {
     connection.close();

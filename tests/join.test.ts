@@ -4,7 +4,7 @@
  */
 import { Database } from "bun:sqlite";
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { connect, createServer } from "node:net";
 import { networkInterfaces } from "node:os";
 import { join } from "node:path";
@@ -298,12 +298,13 @@ describe("membership", () => {
   });
 
   test("clients are sent to a member only once it has what was there when it came", async () => {
-    const files = Object.fromEntries(Array.from({ length: 300 }, (_, index) => [`f${index}`, `content ${index}`]));
+    const files = Object.fromEntries(Array.from({ length: 1000 }, (_, index) => [`f${index}`, `content ${index}`]));
     await using cluster = await startCluster({ replicas: 0, files });
+    const { server } = cluster.master;
     const node = await cluster.add();
-    await cluster.live(1);
-    expect((await memberOf(cluster.master.server, node.server))!.revision).toBeGreaterThanOrEqual(300);
-    expect(readdirSync(node.root).length).toBe(301);
+    await waitFor("clients are sent there", async () => (await sentTo(server.port)) === node.server.address);
+    expect(readdirSync(node.root).length).toBe(1001);
+    expect(await memberOf(server, node.server)).toMatchObject({ state: "live", revision: 1000, lag: 0 });
   });
 });
 
@@ -542,13 +543,18 @@ describe("who may join", () => {
 describe("LINK frames", () => {
   let master: Server;
   let root: ReturnType<typeof makeRoot>;
+  /** No process logs more than thirty refusals of a kind in a minute. */
+  let other: Server;
+  let otherRoot: ReturnType<typeof makeRoot>;
   beforeAll(async () => {
     root = makeRoot({ a: "one" });
     master = await startServer(root.path, { args: WRITABLE });
+    otherRoot = makeRoot({ a: "one" });
+    other = await startServer(otherRoot.path, { args: WRITABLE });
   });
   afterAll(async () => {
-    await master[Symbol.asyncDispose]();
-    root[Symbol.dispose]();
+    for (const server of [master, other]) await server[Symbol.asyncDispose]();
+    for (const folder of [root, otherRoot]) folder[Symbol.dispose]();
   });
   const frame = (payload: string) => {
     const bytes = encodeLink({ a: payload });
@@ -643,21 +649,21 @@ describe("LINK frames", () => {
     ["nor a read from nowhere", { kind: "read", after: -1 }],
     ["nor who is below it as a number", { kind: "alive", received: 0, known: 0, revision: 0, nodes: [1] }],
   ])("a member's proposal is refused %s", async (_, message) => {
-    const keeper = keeperOf(master);
-    const refused = [...logged(master, "link", "bad_frame"), ...logged(master, "close", "bad_frame")].length;
-    using hand = await startMember(master);
+    const keeper = keeperOf(other);
+    const refused = [...logged(other, "link", "bad_frame"), ...logged(other, "close", "bad_frame")].length;
+    using hand = await startMember(other);
     if ("isRequest" in message) hand.send(encodeRequest({ action: "stat", path: "a" }));
     else hand.say(message);
     await bad(hand);
     await waitFor("it is closed", () => hand.raw.closed());
     await waitFor(
       "it is logged",
-      () => [...logged(master, "link", "bad_frame"), ...logged(master, "close", "bad_frame")].length > refused,
+      () => [...logged(other, "link", "bad_frame"), ...logged(other, "close", "bad_frame")].length > refused,
     );
-    expect(readdirSync(root.path).sort()).toEqual([".reprise", "a"]);
+    expect(readdirSync(otherRoot.path).sort()).toEqual([".reprise", "a"]);
     // Whoever keeps the tree has not died of it.
-    if (keeper !== undefined) expect(keeperOf(master)).toBe(keeper);
-    expect(master.log.filter(({ event }) => event === "bug")).toEqual([]);
+    if (keeper !== undefined) expect(keeperOf(other)).toBe(keeper);
+    expect(other.log.filter(({ event }) => event === "bug")).toEqual([]);
   });
 
   test("in the middle of an upload it is none", async () => {
@@ -766,6 +772,29 @@ describe("a join that cannot be", () => {
     await Promise.all([again, member].map((server) => said(server, "a circle of servers")));
     expect(await sentTo(one)).toBe("here");
     expect(await sentTo(two)).toBe("here");
+  });
+
+  test("of a copy of the master, or of a member, until it has no .reprise any more", async () => {
+    await using cluster = await startCluster({ replicas: 1, files: { a: "one" } });
+    await cluster.settled();
+    const { master, replicas } = cluster;
+    const [member] = replicas as [Node];
+    for (const [original, reason] of [
+      [master, "that is this server itself"],
+      [member, `${member.server.address} has the same name`],
+    ] as const) {
+      const port = freePort();
+      const root = join(folder.path, String(port));
+      Bun.spawnSync(["cp", "-r", original.root, root]);
+      await using copy = await start(port, master.server.port);
+      await said(copy, `cannot join ${cluster.address}`, reason, ".reprise");
+      expect((await memberOf(master.server, member.server))!.state).toBe("live");
+      await copy.stop("SIGINT");
+      rmSync(join(root, ".reprise"), { recursive: true });
+      await using again = await start(port, master.server.port);
+      await isLive(master.server, again);
+    }
+    expect(logged(master.server, "member", "gone").map(({ peer }) => peer)).not.toContain(member.server.address);
   });
 
   test("of a server that has not joined its own master yet: when that comes, so do both", async () => {
