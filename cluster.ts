@@ -58,6 +58,7 @@ const CALL_RETRY_MS = 300;
 const STRETCH_RECORDS = 500;
 /** Records that a member has not yet answered for. */
 const MAX_UNANSWERED = 10_000;
+const COPIED = "; if the root was copied from there, remove the .reprise in it";
 /** Of those who want to join. */
 const MAX_REMEMBERED = 100;
 const PUBLISH_MS = 100;
@@ -553,7 +554,7 @@ class Keeper {
     if (join.version !== LINK_VERSION)
       throw new RepriseError("version", `servers link by version ${LINK_VERSION} here, not ${join.version}`);
     if (join.node === this.#node)
-      throw new RepriseError("refused", "refused: that is this server itself; join another");
+      throw new RepriseError("refused", `refused: that is this server itself; join another${COPIED}`);
     if (this.#up?.chain.includes(join.node)) throw circle();
     if (this.#up && !this.#state.online) throw this.#notYet(this.#up, join);
     const address = formatAddress(join.host === "" ? peer : join.host, join.port);
@@ -561,6 +562,8 @@ class Keeper {
     await this.#callBack(address, join);
     if (!this.#joining.has(`${worker}:${id}`)) return;
     const old = this.#downs.get(join.node);
+    if (old && old.address !== address)
+      throw new RepriseError("refused", `refused: the member ${old.address} has the same name${COPIED}`);
     if (old) this.#unlinkDown(old, new RepriseError("busy", "it has joined again"));
     this.#becomeMaster();
     // What is here and not yet in the ledger is missing there.
