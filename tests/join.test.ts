@@ -94,11 +94,17 @@ const has = (root: string, name: string, content: string) =>
     () => existsSync(join(root, name)) && readFileSync(join(root, name), "utf8") === content,
   );
 
-/** A port that nobody listens on. */
+/** A port that nobody listens on, below those that the kernel gives to whoever connects meanwhile. */
 function freePort(): number {
-  const listener = Bun.listen({ hostname: HOST, port: 0, socket: { data() {} } });
-  listener.stop(true);
-  return listener.port;
+  for (;;) {
+    const port = 10_000 + Math.floor(Math.random() * 20_000);
+    try {
+      Bun.listen({ hostname: HOST, port, socket: { data() {} } }).stop(true);
+      return port;
+    } catch {
+      // Somebody does.
+    }
+  }
 }
 
 /** What comes to one port goes to another; unlike that of a proxy, the port is chosen. */
