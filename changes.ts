@@ -850,10 +850,13 @@ function tooLarge({ path }: Put, maxBytes: number): RepriseError {
   );
 }
 
+/** What to do about it, for who puts a file. */
+export const PUT_AGAIN = "; make room there and put it again";
+
 function noRoom({ path }: Put, { keepFree }: Room): RepriseError {
   return new RepriseError(
     "no_room",
-    `no room on the server for ${quote(path)}, of which it keeps ${inUnits(keepFree)} free (--keep-free); make room there and put it again`,
+    `no room on the server for ${quote(path)}, of which it keeps ${inUnits(keepFree)} free (--keep-free)${PUT_AGAIN}`,
   );
 }
 
@@ -881,7 +884,7 @@ function errorOf(error: unknown, path: string): RepriseError {
   switch (errorCode(error)) {
     case "ENOSPC":
     case "EDQUOT":
-      return new RepriseError("no_room", `no room on the server for ${name}; make room there and put it again`, error);
+      return new RepriseError("no_room", `no room on the server for ${name}${PUT_AGAIN}`, error);
     case "EFBIG":
       return new RepriseError("no_room", `${name} is larger than the server's file system allows`, error);
     case "ENOENT":

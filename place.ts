@@ -5,7 +5,8 @@
  * Nothing is replaced or removed that is not what the index knows of: then the tree is looked at once more, and replica.ts
  * says what comes of that. What cannot be done is tried again later, and said in `status` until then.
  */
-import type { Change, Changes, Outcome, Upload } from "./changes.ts";
+import { type Change, type Changes, type Outcome, PUT_AGAIN, type Upload } from "./changes.ts";
+import { say } from "./command.ts";
 import { readFully, setTime } from "./disk.ts";
 import type { Index } from "./index.ts";
 import { hasSameContent, type Record } from "./ledger.ts";
@@ -86,10 +87,21 @@ export class Placer {
   /** What keeps the tree behind, in one line. */
   get problem(): string | undefined {
     // What was set right in some other way is none any more.
-    for (const path of this.#problems.keys()) if (!this.#options.index.get(path)?.target) this.#problems.delete(path);
+    for (const path of [...this.#problems.keys()]) if (!this.#options.index.get(path)?.target) this.#noProblem(path);
     const [first] = this.#problems.values();
     const others = this.#problems.size - 1;
     return first && others > 0 ? `${first} (and ${others} more)` : first;
+  }
+
+  /** Said when there is the first, and when there is none again: between them `status` has them all. */
+  #setProblem(path: string, text: string): void {
+    if (this.#problems.size === 0) say("warn", `${text}; it is tried again, and status says how far it is`);
+    this.#problems.set(path, text);
+  }
+
+  #noProblem(path: string): void {
+    if (this.#problems.delete(path) && this.#problems.size === 0)
+      say("info", "nothing keeps the files here behind any more");
   }
 
   want(record: Record, etag: string): void {
@@ -108,7 +120,9 @@ export class Placer {
       if (outcome instanceof RepriseError && outcome.code === "exists") continue;
       const isProblem =
         outcome instanceof RepriseError && !UNEXPECTED.has(outcome.code) && outcome.code !== "not_found";
-      if (isProblem) this.#problems.set(path, outcome.message);
+      if (isProblem) this.#setProblem(path, outcome.message);
+      if (!(outcome instanceof RepriseError))
+        say("warn", `${quote(path)} is another version in the cluster; the one from here is now ${quote(name)}`);
       return this.#options.examine([path, name]);
     }
   }
@@ -439,7 +453,7 @@ export class Placer {
     else if (NOWHERE.has(code) && want.tries >= TRIES_NOBODY && this.#options.isEveryoneHere())
       this.#options.take([{ kind: "kept", record }]);
     else if (UNEXPECTED.has(code)) this.#options.examine([record.path]);
-    else if (!UNSAID.has(code) || want.tries >= TRIES_UNSAID) this.#problems.set(record.path, error.message);
+    else if (!UNSAID.has(code) || want.tries >= TRIES_UNSAID) this.#setProblem(record.path, problemOf(error));
     this.#tryLater(want);
   }
 
@@ -640,6 +654,11 @@ async function sha256Of(fd: number, size: number): Promise<string> {
     hasher.update(piece);
   }
   return hasher.digest("hex");
+}
+
+/** Nobody has to put it again: it comes as soon as it can. */
+function problemOf({ message }: RepriseError): string {
+  return message.replace(PUT_AGAIN, "");
 }
 
 function superseded({ path }: Record): RepriseError {
