@@ -466,7 +466,8 @@ class Keeper {
       log(this.#logSettings, { event: "join", peer: name, status: error.code });
       const isFinal = !ERRORS[error.code].retry;
       const what = isFinal ? `cannot join ${name}` : `no connection to the master ${name}`;
-      say("warn", `${what}: ${error.message}; trying again`);
+      const why = error.message.startsWith(`${name}: `) ? error.message.slice(name.length + 2) : error.message;
+      say("warn", `${what}: ${why}; trying again`);
     }
     this.#undecided.clear();
     this.#take([{ kind: "offline" }]);

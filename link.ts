@@ -260,7 +260,9 @@ async function open(
     return connection;
   } catch (error) {
     connection.close();
-    throw error;
+    if (!(error instanceof RepriseError && error.code === "speaks_tls")) throw error;
+    const address = formatAddress(host, port);
+    throw new RepriseError("insecure", `${address}: TLS is spoken there; use tls://${address}`, error);
   }
 }
 
