@@ -800,6 +800,10 @@ describe("hindrances", () => {
     });
     expect([said.state, said.lag > 0]).toEqual(["live", true]);
     expect((await runClient(cluster.address, ["status"])).output).toContain(said.problem!);
+    expect([full.stderr().includes("; it is tried again"), said.problem!.includes("put it again")]).toEqual([
+      true,
+      false,
+    ]);
     const remote = remoteOf(b);
     await put(remote, "small", randomBytes(1000, 3));
     remote.close();
@@ -814,6 +818,7 @@ describe("hindrances", () => {
     await waitFor("status says so", async () => {
       return (await a.status()).replicas.every(({ problem, lag }) => problem === undefined && lag === 0);
     });
+    expect(full.stderr()).toContain("nothing keeps the files here behind any more");
     expect(readdirSync(disk.path).sort()).toEqual([".reprise", "small", "two"]);
   });
 

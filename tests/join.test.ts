@@ -285,6 +285,7 @@ describe("membership", () => {
     for (const end of [master.kill, () => master.server.stop("SIGINT"), () => master.server.stop("SIGTERM")]) {
       await end();
       await said(b.server, `no connection to the master ${cluster.address}`);
+      expect(b.server.stderr()).not.toContain(`${cluster.address}: ${cluster.address}`);
       expect(await cat(b.server.address, "a")).toBe("one");
       await master.start();
       await cluster.live(2);
