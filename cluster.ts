@@ -727,6 +727,7 @@ class Keeper {
       else
         this.#say(down.worker, down.id, { kind: "alive", revision, chain: [...(this.#up?.chain ?? []), this.#node] });
     }
+    this.#up?.beat();
     this.#sayAlive();
     this.#publishSoon();
   }

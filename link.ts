@@ -136,6 +136,7 @@ export class Up {
   readonly #ended = new AbortController();
   #connection: Connection | undefined;
   #isJoined = false;
+  #heardAt = 0;
   #last = 0;
   readonly #waiting = new Map<number, Proposed["answer"]>();
   /** The servers above. */
@@ -201,6 +202,15 @@ export class Up {
       .catch((error) => connection.fail(error));
   }
 
+  /**
+   * Ends a link on which nothing was heard for a lease. The connection's own limit does not: what is said once a second goes
+   * to the kernel, which takes it, though nobody may be there.
+   */
+  beat(): void {
+    if (this.#isJoined && performance.now() - this.#heardAt > LEASE_MS)
+      this.#connection?.fail(new RepriseError("timeout", `nothing was heard for ${LEASE_MS / 1000} s`));
+  }
+
   close(): void {
     this.#ended.abort(new RepriseError("interrupted"));
     this.#drop();
@@ -219,6 +229,7 @@ export class Up {
     this.#connection = await open({ ...this.#options, ...this.address, timeoutMs: REFUSAL_MS, signal }, join());
     for (;;) {
       const message = readFromMaster(await nextLink(this.#connection));
+      this.#heardAt = performance.now();
       if (message.kind === "joined") {
         this.#isJoined = true;
         this.#connection.timeoutMs = LEASE_MS;
