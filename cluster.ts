@@ -62,6 +62,7 @@ const COPIED = "; if the root was copied from there, remove the .reprise in it";
 /** Of those who want to join. */
 const MAX_REMEMBERED = 100;
 const PUBLISH_MS = 100;
+const NO_ROOM = "no room on the disk for what it knows of the cluster; tried again until there is";
 const PRUNE_MS = 60_000;
 
 /** Runs the keeper until the supervisor ends it. */
@@ -78,7 +79,8 @@ export function keep(settings: KeeperSettings): void {
   process.on("disconnect", stop);
   // The supervisor starts another, which looks at everything anew.
   const giveUp = (error: unknown) => {
-    logBug({ log: settings.log, worker: 0 }, error);
+    if (isDiskFull(error)) keeper.tellNoRoom();
+    else logBug({ log: settings.log, worker: 0 }, error);
     process.exit(1);
   };
   process.on("uncaughtException", giveUp);
@@ -88,10 +90,12 @@ export function keep(settings: KeeperSettings): void {
 }
 
 /** Where the root cannot be written there is nothing to keep: whoever would join is told so. */
-function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "onMessage"> {
+function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "onMessage" | "tellNoRoom"> {
   try {
     return new Keeper(settings);
   } catch (error) {
+    // That may pass: the next keeper sees.
+    if (isDiskFull(error)) process.exit(1);
     const why = (error as NodeJS.ErrnoException).code ?? String(error);
     const text = `refused: the root of the server that is joined cannot be written (${why})`;
     say("error", `${quote(settings.root)} cannot be written (${why}): no server can join this one`);
@@ -101,7 +105,7 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
       if (said.kind === "linked") send({ worker, message: { kind: "unlink", id: said.id, code: "refused", text } });
       else if (said.kind === "announce") send({ worker, message: { kind: "announced", id: said.id } });
     };
-    return { start() {}, close() {}, onMessage };
+    return { start() {}, close() {}, onMessage, tellNoRoom() {} };
   }
 }
 
@@ -188,6 +192,12 @@ class Keeper {
       for (const key of this.#joining) if (key.startsWith(`${message.worker}:`)) this.#joining.delete(key);
       for (const down of this.#downs.values()) if (down.worker === message.worker) this.#leave(down);
     } else this.#onWorker(message.worker, message.message);
+  }
+
+  /** For `status`, which shows it until the next keeper has something else to say. */
+  tellNoRoom(): void {
+    log(this.#logSettings, { event: "keeper", status: "no_room" });
+    send({ worker: 0, cluster: { ...this.#cluster, problem: NO_ROOM } });
   }
 
   #onWorker(worker: number, message: ToKeeper): void {
@@ -834,6 +844,11 @@ function countDown(counts: Map<string, number>, key: string): void {
   const count = (counts.get(key) ?? 0) - 1;
   if (count > 0) counts.set(key, count);
   else counts.delete(key);
+}
+
+/** Of SQLite, whose file is as it was before. */
+function isDiskFull(error: unknown): boolean {
+  return (error as { code?: unknown }).code === "SQLITE_FULL";
 }
 
 function isAnywhere(host: string): boolean {
