@@ -34,6 +34,8 @@ const LEAVES = {
   elsewhere: { names: "DNS:example.org" },
   byName: { names: "DNS:localhost" },
   byAddress: { names: "IP:127.0.0.1" },
+  /** For machines of a network of its own: see faults/namespaces.ts. */
+  machines: { names: "IP:10.0.0.1,IP:10.0.0.2,IP:10.0.0.3" },
   expired: { from: -2, until: -1 },
   early: { from: 1, until: 2 },
   stranger: { issuer: "otherRoot" },
