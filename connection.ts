@@ -860,6 +860,6 @@ function lost(what: string, cause?: unknown): RepriseError {
   return new RepriseError("lost", what, cause);
 }
 
-function nextTurn(): Promise<void> {
+export function nextTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }

@@ -7,6 +7,7 @@
  */
 import { type Change, type Changes, type Outcome, PUT_AGAIN, type Upload } from "./changes.ts";
 import { say } from "./command.ts";
+import { nextTurn } from "./connection.ts";
 import { readFully, setTime } from "./disk.ts";
 import type { Index } from "./index.ts";
 import { hasSameContent, type Record } from "./ledger.ts";
@@ -357,6 +358,7 @@ export class Placer {
         const chunk = await file.read(at, Math.min(HASH_BYTES, size - at));
         hasher.update(chunk);
         await upload.append(chunk, Bun.hash.crc32(chunk), () => {});
+        await nextTurn();
       }
       await upload.settle();
       if (hasher.digest("hex") === want.record.sha256) return upload;
@@ -652,6 +654,7 @@ async function sha256Of(fd: number, size: number): Promise<string> {
     const piece = buffer.subarray(0, Math.min(buffer.length, size - at));
     await readFully(fd, piece, at);
     hasher.update(piece);
+    await nextTurn();
   }
   return hasher.digest("hex");
 }

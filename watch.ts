@@ -6,6 +6,7 @@
  * it is taken in, because the keeper itself changes the tree meanwhile.
  */
 import { type FSWatcher, watch } from "node:fs";
+import { nextTurn } from "./connection.ts";
 import type { Index } from "./index.ts";
 import { FOLDER, GONE, type Version } from "./ledger.ts";
 import { type Entry as Listed, type Meta, RepriseError } from "./protocol.ts";
@@ -208,7 +209,10 @@ export async function hashOf(root: Root, path: string): Promise<{ version: Versi
   try {
     const { size, etag } = file.meta;
     const hasher = new Bun.CryptoHasher("sha256");
-    for (let at = 0; at < size; at += CHUNK_BYTES) hasher.update(await file.read(at, Math.min(CHUNK_BYTES, size - at)));
+    for (let at = 0; at < size; at += CHUNK_BYTES) {
+      hasher.update(await file.read(at, Math.min(CHUNK_BYTES, size - at)));
+      await nextTurn();
+    }
     file.verify();
     return { version: fileVersion(file.meta, hasher.digest("hex")), etag };
   } finally {
