@@ -852,7 +852,11 @@ describe("hindrances", () => {
     await using cluster = await startCluster({ replicas: 1 });
     using root = makeRoot({});
     const args = ["--writable", "--join", cluster.address];
-    await using late = await startServer(root.path, { args, runBy: [faketime, "-f", "-5h"] });
+    // What it sets, so that the server is our own child; its own clock alone, and not the times of files.
+    const { stdout } = Bun.spawnSync([faketime, "-f", "-5h", "printenv", "LD_PRELOAD"]);
+    const env = { LD_PRELOAD: stdout.toString().trim(), FAKETIME: "-5h", NO_FAKE_STAT: "1" };
+    await using late = await startServer(root.path, { args, env });
+    expect(Date.now() - Date.parse((await waitFor("it has joined", () => late.log.at(-1))).time!)).toBeGreaterThan(4e6);
     writeTree(cluster.replicas[0]!.root, { one: "1" });
     await waitFor("it has it", () => Bun.deepEquals(treeOf(root.path), treeOf(cluster.replicas[0]!.root)));
     writeFileSync(join(root.path, "one"), "changed");
