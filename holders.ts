@@ -183,7 +183,9 @@ class Holder {
     try {
       checkTries(error, this.#failures, options.retries);
     } catch (final) {
-      for (const away of [...this.pending]) away.failed(final as RepriseError);
+      const { code, message } = final as RepriseError;
+      // An error is said once: each has its own.
+      for (const away of [...this.pending]) away.failed(new RepriseError(code, message, final));
       this.#queue = [];
       return;
     }

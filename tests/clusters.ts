@@ -127,10 +127,20 @@ async function settled(nodes: Node[]): Promise<string[]> {
     const isBehind = (status: ClusterState | undefined) =>
       status === undefined || status.problem !== undefined || status.replicas.some(isLagging);
     if (statuses.some(isBehind)) return false;
-    const tree = treeOf(first!.root);
-    return others.every(({ root }) => Bun.deepEquals(treeOf(root), tree));
+    const tree = treeIfStill(first!.root);
+    return tree && others.every(({ root }) => Bun.deepEquals(treeIfStill(root), tree));
   });
   return treeOf(first!.root);
+}
+
+/** Undefined where something goes while it is looked at. */
+function treeIfStill(root: string): string[] | undefined {
+  try {
+    return treeOf(root);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
+    throw error;
+  }
 }
 
 function isLagging({ state, lag }: MemberStatus): boolean {
