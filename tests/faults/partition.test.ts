@@ -115,7 +115,12 @@ async function settled(nodes: Node[]): Promise<string[]> {
 }
 
 /** Both sides take changes while they do not hear of each other; then all have all of them. */
-async function goesOn(cluster: Cluster, apart: (machine: Machine) => void, round: string): Promise<void> {
+async function goesOn(
+  cluster: Cluster,
+  apart: (machine: Machine) => void,
+  round: string,
+  isWhole: boolean,
+): Promise<void> {
   const [master, other, lost] = cluster.nodes;
   expect(await other.put(`${round}-both`, "before")).toMatchObject({ status: 0, errors: "" });
   await settled(cluster.nodes);
@@ -133,19 +138,21 @@ async function goesOn(cluster: Cluster, apart: (machine: Machine) => void, round
   lost.machine.heal();
   const tree = await settled(cluster.nodes);
   const names = tree.map((line) => line.split(" ")[0]!).filter((name) => name.startsWith(round));
-  expect(names).toHaveLength(4);
+  const copies = names.filter((name) => name.includes(".conflict-"));
+  // Who hears of the other's change before its own is made makes it on that one: then there is no conflict.
+  if (isWhole || copies.length > 0) expect(copies).toHaveLength(1);
   expect(names).toEqual(expect.arrayContaining([`${round}-here`, `${round}-there`, `${round}-both`]));
-  const copy = names.find((name) => name.includes(".conflict-"))!;
   const contents = await Promise.all(
-    [`${round}-both`, copy].map(async (name) => (await master.client("cat", name)).output),
+    [`${round}-both`, ...copies].map(async (name) => (await master.client("cat", name)).output),
   );
-  // What is not heard in one direction may have come first in the other.
-  expect(contents.sort()).toEqual(["of the master's side", "of the one that is cut off"]);
+  const both = ["of the master's side", "of the one that is cut off"];
+  if (copies.length > 0) expect(contents.sort()).toEqual(both);
+  else expect(both).toContain(contents[0]!);
 }
 
 test.skipIf(noNetwork !== undefined)("a member is cut off for longer than its lease, and comes back", async () => {
   await using cluster = await startApart();
-  await goesOn(cluster, (machine) => machine.cut(), "cut");
+  await goesOn(cluster, (machine) => machine.cut(), "cut", true);
   for (const { server } of cluster.nodes) expect(server.stderr()).not.toContain('"event":"bug"');
 });
 
@@ -155,7 +162,7 @@ test.skipIf(noNetwork !== undefined)(
     await using cluster = await startApart();
     for (const direction of ["input", "output"] as const) {
       const apart = (machine: Machine) => (machine.deafen ? machine.deafen(direction) : machine.cut());
-      await goesOn(cluster, apart, direction);
+      await goesOn(cluster, apart, direction, false);
     }
     for (const { server } of cluster.nodes) expect(server.stderr()).not.toContain('"event":"bug"');
   },
