@@ -5,6 +5,7 @@
  * Nothing is replaced or removed that is not what the index knows of: then the tree is looked at once more, and replica.ts
  * says what comes of that. What cannot be done is tried again later, and said in `status` until then.
  */
+import { fstatSync } from "node:fs";
 import { type Change, type Changes, type Outcome, PUT_AGAIN, type Upload } from "./changes.ts";
 import { say } from "./command.ts";
 import { nextTurn } from "./connection.ts";
@@ -17,7 +18,7 @@ import { MAX_CONTENT_BYTES, type Meta, type Put, quote, RepriseError, TO_THE_END
 import type { Remote } from "./remote.ts";
 import { conflictName, type Entry, type Event, isWanted, type State } from "./replica.ts";
 import type { Target } from "./resume.ts";
-import type { Root } from "./storage.ts";
+import { errorCode, metaOf, type Root } from "./storage.ts";
 
 /** Records that are gone about together. */
 const MAX_ROUND = 256;
@@ -117,7 +118,7 @@ export class Placer {
   async aside(path: string, etag: string, to: string): Promise<void> {
     for (let number = 1; number < 1000; number++) {
       const name = number === 1 ? to : numbered(to, number);
-      const [outcome] = await this.#options.changes.apply([{ action: "aside", path, etag, to: name }]);
+      const [outcome] = await this.#make([{ action: "aside", path, etag, to: name }]);
       if (outcome instanceof RepriseError && outcome.code === "exists") continue;
       const isProblem =
         outcome instanceof RepriseError && !UNEXPECTED.has(outcome.code) && outcome.code !== "not_found";
@@ -190,8 +191,9 @@ export class Placer {
   // ------------------------------------------------------------------------------------------------ folders, deletions
 
   async #placeFolders(wants: Want[]): Promise<void> {
-    const inTheWay = wants.filter(({ etag }) => etag !== "");
-    await this.#options.changes.apply(inTheWay.map(({ record: { path }, etag }) => ({ action: "clear", path, etag })));
+    const inTheWay = wants.filter((want) => want.etag !== "" && this.#isWanted(want));
+    // What keeps it there keeps the folder away, which is then told.
+    await this.#make(inTheWay.map(({ record: { path }, etag }) => ({ action: "clear", path, etag })));
     await this.#apply(
       wants,
       wants.map(({ record: { path } }) => ({ action: "mkdir", path, parents: true })),
@@ -264,12 +266,12 @@ export class Placer {
 
   /** Folders in the way of files go, where they are empty; returns those that have nothing in their way. */
   async #withoutFolders(wants: Want[]): Promise<Want[]> {
-    const { index, changes } = this.#options;
+    const { index } = this.#options;
     const free: Want[] = [];
     for (const want of wants) {
       const { path } = want.record;
       const isFolder = index.get(path)?.seen.kind === "folder";
-      const [outcome] = isFolder ? await changes.apply([{ action: "clear", path, etag: "" }]) : [];
+      const [outcome] = isFolder ? await this.#make([{ action: "clear", path, etag: "" }]) : [];
       if (outcome instanceof RepriseError) this.#failed(want, outcome);
       else free.push(want);
     }
@@ -325,13 +327,19 @@ export class Placer {
     if (!entry || !hasSameContent(entry.seen, record) || entry.etag !== etag) return false;
     const file = await root.open(record.path);
     try {
-      if (file.meta.etag !== etag || file.fd === undefined) return false;
+      // From this look on nothing is waited for: whatever else becomes of the file must not pass for what was placed.
+      if (file.fd === undefined || root.look(record.path)?.etag !== etag) return false;
       setTime(file.fd, record.mtime);
+      const now = metaOf(fstatSync(file.fd, { bigint: true }), record.path);
+      take([{ kind: "placed", record, etag: now.etag }]);
+      return true;
+    } catch (error) {
+      // It is somebody else's, and only its owner may set its time: it is written again.
+      if (errorCode(error) === "EPERM") return false;
+      throw error;
     } finally {
       file.close();
     }
-    take([{ kind: "placed", record, etag: (await root.stat(record.path)).etag }]);
-    return true;
   }
 
   /** Content that the tree has under another name moves no bytes between members. */
@@ -421,9 +429,7 @@ export class Placer {
   }
 
   async #applyNow(wants: Want[], changes: Change[]): Promise<void> {
-    const outcomes = await this.#options.changes
-      .apply(changes, (at) => this.#isWanted(wants[at]!))
-      .catch((error) => wants.map(() => error as RepriseError));
+    const outcomes = await this.#make(changes, (at) => this.#isWanted(wants[at]!));
     const events: Event[] = [];
     for (const [index, want] of wants.entries()) {
       const outcome = outcomes[index];
@@ -433,6 +439,11 @@ export class Placer {
       else events.push(this.#placed(want, outcome));
     }
     if (events.length > 0) this.#options.take(events);
+  }
+
+  /** Each has its outcome, whatever happens. */
+  #make(changes: Change[], isWanted?: (at: number) => boolean): Promise<Outcome[]> {
+    return this.#options.changes.apply(changes, isWanted).catch((error) => changes.map(() => error as RepriseError));
   }
 
   #isWanted({ record, etag }: Want): boolean {
@@ -445,9 +456,9 @@ export class Placer {
     return { kind: "placed", record, etag: (outcome as Meta | undefined)?.etag ?? "" };
   }
 
-  #failed(want: Want, error: unknown): void {
+  #failed(want: Want, cause: unknown): void {
     const { record } = want;
-    if (!(error instanceof RepriseError)) throw error;
+    const error = asProblem(record, cause);
     const { code } = error;
     const isFull = code === "exists" && this.#options.index.get(record.path)?.seen.kind === "folder";
     if (isFull && want.tries >= TRIES_FULL) void this.#keepFull(record);
@@ -666,6 +677,13 @@ function problemOf({ message }: RepriseError): string {
 
 function superseded({ path }: Record): RepriseError {
   return new RepriseError("not_found", `not the version that was asked for: ${quote(path)}`);
+}
+
+/** What the system refuses concerns one file, not the keeper. */
+function asProblem({ path }: Record, error: unknown): RepriseError {
+  if (error instanceof RepriseError) return error;
+  if (errorCode(error) === undefined) throw error;
+  return new RepriseError("failed", `${quote(path)}: ${(error as Error).message}`, error);
 }
 
 function damaged({ path }: Record): RepriseError {

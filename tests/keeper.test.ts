@@ -1,11 +1,16 @@
 /** The keeper of a cluster among hostile members, lost files and a tree that goes away: parts by themselves, and real servers. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { mkdirSync } from "node:fs";
+import { mkdirSync, statSync, writeFileSync } from "node:fs";
+import { openChanges } from "../changes.ts";
 import { Index } from "../index.ts";
 import { EmbeddedLedger, FOLDER, GONE, type Version } from "../ledger.ts";
 import { call, readFromMaster, readFromMember, Up } from "../link.ts";
+import { Placer } from "../place.ts";
 import { type ErrorCode, RepriseError } from "../protocol.ts";
+import type { Event } from "../replica.ts";
+import { openFolder, type Root } from "../storage.ts";
 import { addToken } from "../tokens.ts";
+import { hashOf } from "../watch.ts";
 import { statusOf } from "./clusters.ts";
 import { makeRoot, runClient, startServer, TEST_MS, waitFor } from "./fixtures.ts";
 
@@ -113,5 +118,64 @@ describe("what members know each other by", () => {
     const [host, port] = server.address.split(":");
     await call({ host: host!, port: Number(port), token: secret, ca: undefined, node });
     expect(await joinWith(server.address, secret)).toBe("denied");
+  });
+});
+
+describe("a file that has only another time", () => {
+  /** A placer that is to set the time of a.txt, and what it has told. */
+  async function retime(path: string, root: Root) {
+    mkdirSync(`${path}/.reprise`, { recursive: true });
+    const index = new Index(`${path}/.reprise/index.sqlite`);
+    const { version, etag } = await hashOf(openFolder(path), "a.txt");
+    const target = { ...version, path: "a.txt", mtime: 1_000_000_000_000_000, revision: 2, origin: "b", over: "" };
+    index.set({ path: "a.txt", base: 1, known: version, seen: version, etag, sent: undefined, target, passed: [] });
+    const told: Event[] = [];
+    const placer = new Placer({
+      root,
+      changes: openChanges(path),
+      index,
+      state: { node: "a", entries: index, cursor: 2, online: true, snapshot: undefined },
+      holdersOf: () => [],
+      isEveryoneHere: () => false,
+      connectTo: () => {
+        throw new Error("nobody is asked");
+      },
+      take: (events) => void told.push(...events),
+      examine: () => {},
+    });
+    placer.want(target, etag);
+    return { placer, told, target };
+  }
+
+  test("is not taken for what has its name a moment later", async () => {
+    using folder = makeRoot({ "a.txt": "a" });
+    const { told } = await retime(folder.path, openFolder(folder.path));
+    while (statSync(`${folder.path}/a.txt`).mtimeMs > 1.1e12) await new Promise(setImmediate);
+    writeFileSync(`${folder.path}/a.txt`, "something else");
+    await waitFor("it is placed", () => told.length > 0);
+    const { etag } = await openFolder(folder.path).stat("a.txt");
+    expect(told[0]).toMatchObject({ kind: "placed" });
+    expect(told[0]).not.toMatchObject({ etag });
+  });
+
+  test("is tried again where the system refuses it", async () => {
+    using folder = makeRoot({ "a.txt": "a" });
+    const root = openFolder(folder.path);
+    let opened = 0;
+    const failing: Pick<Root, "open" | "look" | "readNow"> = {
+      look: (path) => root.look(path),
+      readNow: (path) => root.readNow(path),
+      open: async (path) => {
+        const file = await root.open(path);
+        if (++opened > 1) return file;
+        file.close();
+        return { meta: file.meta, fd: 1_000_000, close: () => {} } as typeof file;
+      },
+    };
+    const { placer, told } = await retime(folder.path, failing as Root);
+    await waitFor("it says what is wrong", () => placer.problem);
+    await waitFor("it is placed", () => told.length > 0);
+    expect(told[0]).toMatchObject({ kind: "placed", etag: root.look("a.txt")?.etag });
+    expect(statSync(`${folder.path}/a.txt`).mtimeMs).toBeCloseTo(1e12, 0);
   });
 });
