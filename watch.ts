@@ -144,7 +144,9 @@ export class Observer {
       }
     } catch (error) {
       // A list that is cut says nothing of what is missing from it.
-      if (error instanceof RepriseError && error.code === "not_found") return this.#examineOne(folder, found);
+      // Without the root nothing can be told of what was in it.
+      if (folder !== "" && error instanceof RepriseError && error.code === "not_found")
+        return this.#examineOne(folder, found);
       throw error;
     }
     this.#reportGoneBelow(folder, seen, found);

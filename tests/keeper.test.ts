@@ -1,6 +1,6 @@
 /** The keeper of a cluster among hostile members, lost files and a tree that goes away: parts by themselves, and real servers. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { mkdirSync, statSync, writeFileSync } from "node:fs";
+import { mkdirSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { openChanges } from "../changes.ts";
 import { Index } from "../index.ts";
 import { EmbeddedLedger, FOLDER, GONE, type Version } from "../ledger.ts";
@@ -10,7 +10,7 @@ import { type ErrorCode, RepriseError } from "../protocol.ts";
 import type { Event } from "../replica.ts";
 import { openFolder, type Root } from "../storage.ts";
 import { addToken } from "../tokens.ts";
-import { hashOf } from "../watch.ts";
+import { hashOf, Observer } from "../watch.ts";
 import { statusOf } from "./clusters.ts";
 import { makeRoot, runClient, startServer, TEST_MS, waitFor } from "./fixtures.ts";
 
@@ -177,5 +177,19 @@ describe("a file that has only another time", () => {
     await waitFor("it is placed", () => told.length > 0);
     expect(told[0]).toMatchObject({ kind: "placed", etag: root.look("a.txt")?.etag });
     expect(statSync(`${folder.path}/a.txt`).mtimeMs).toBeCloseTo(1e12, 0);
+  });
+});
+
+describe("a root that is removed", () => {
+  test("is said to be gone, once", async () => {
+    using folder = makeRoot({ "a.txt": "a" });
+    using other = makeRoot({});
+    const index = new Index(`${other.path}/index.sqlite`);
+    const root = openFolder(folder.path);
+    const errors: unknown[] = [];
+    const observer = new Observer(root, index, { take: async () => {}, onError: (error) => void errors.push(error) });
+    rmSync(folder.path, { recursive: true });
+    await observer.examine([""]);
+    expect(errors).toMatchObject([{ code: "not_found" }]);
   });
 });
