@@ -651,7 +651,8 @@ class Keeper {
     const wasLive = down.isLive;
     const wasBehind = down.revision;
     Object.assign(down, {
-      received: message.received,
+      // Nobody has received what was not sent: at the start of a snapshot, a member still speaks of what it had before.
+      received: Math.min(message.received, down.sent ?? 0),
       known: message.known,
       revision: message.revision,
       nodes: message.nodes,
@@ -688,6 +689,8 @@ class Keeper {
     while (down.sent !== undefined && (down.sent < revision || down.isWithinSnapshot || down.isBeginning)) {
       if (down.sent - down.received > MAX_UNANSWERED) return;
       const stretch = cut(stretchOf(this.#log, down.sent, STRETCH_RECORDS, down.isWithinSnapshot));
+      // It begins with nothing.
+      if (stretch.snapshot && !down.isWithinSnapshot) down.received = 0;
       down.isBeginning = false;
       down.isWithinSnapshot = stretch.snapshot === "part";
       down.sent = Math.max(stretch.revision, stretch.snapshot ? 0 : down.sent);

@@ -1,20 +1,25 @@
 /** The keeper of a cluster among hostile members, lost files and a tree that goes away: parts by themselves, and real servers. */
+import { Database } from "bun:sqlite";
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { openChanges } from "../changes.ts";
 import { Index } from "../index.ts";
 import { EmbeddedLedger, FOLDER, GONE, type Version } from "../ledger.ts";
-import { call, readFromMaster, readFromMember, Up } from "../link.ts";
+import { call, type Join, readFromMaster, readFromMember, Up } from "../link.ts";
 import { Placer } from "../place.ts";
-import { type ErrorCode, RepriseError } from "../protocol.ts";
+import { type ErrorCode, encodeLink, RepriseError } from "../protocol.ts";
 import type { Event } from "../replica.ts";
 import { openFolder, type Root } from "../storage.ts";
 import { addToken } from "../tokens.ts";
 import { hashOf, Observer } from "../watch.ts";
 import { statusOf } from "./clusters.ts";
-import { makeRoot, runClient, startServer, TEST_MS, waitFor } from "./fixtures.ts";
+import { makeRoot, runClient, startFakeServer, startServer, TEST_MS, waitFor } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
+
+function joinOf(node: string, port: number): Join {
+  return { kind: "join", version: 1, node, host: "127.0.0.1", port, secret: "s".repeat(43), below: [] };
+}
 
 /** What a server answers to who joins it with a token. */
 async function joinWith(address: string, token: string | undefined, node = "stranger"): Promise<ErrorCode | "joined"> {
@@ -24,15 +29,7 @@ async function joinWith(address: string, token: string | undefined, node = "stra
     address: { host: host!, port: Number(port) },
     token,
     ca: undefined,
-    join: () => ({
-      kind: "join",
-      version: 1,
-      node,
-      host: "127.0.0.1",
-      port: Number(port),
-      secret: "s".repeat(43),
-      below: [],
-    }),
+    join: () => joinOf(node, Number(port)),
     onJoined: () => resolve("joined"),
     onMessage: () => {},
     onLost: ({ code }) => resolve(code),
@@ -191,5 +188,59 @@ describe("a root that is removed", () => {
     rmSync(folder.path, { recursive: true });
     await observer.examine([""]);
     expect(errors).toMatchObject([{ code: "not_found" }]);
+  });
+});
+
+describe("a member that was away for long", () => {
+  test("is not told more of a snapshot at a time than it takes in", async () => {
+    using root = makeRoot({});
+    mkdirSync(`${root.path}/.reprise`, { recursive: true });
+    const file = `${root.path}/.reprise/ledger.sqlite`;
+    const ledger = new EmbeddedLedger(file);
+    const names = Array.from({ length: 1200 }, (_, number) => `folder${number}`);
+    ledger.append(
+      "another",
+      names.map((path) => ({ path, base: 0, version: FOLDER })),
+    );
+    ledger.close();
+    // As if most of its records had been superseded since, and deletions forgotten.
+    const db = new Database(file);
+    db.run("UPDATE records SET revision = -revision * 100");
+    db.run("UPDATE records SET revision = -revision");
+    db.run("INSERT OR REPLACE INTO facts VALUES ('revision', 120000), ('pruned', 120000)");
+    db.close();
+
+    await using master = await startServer(root.path);
+    await waitFor("the master has all", async () => (await statusOf(master.address)).revision === 120_000);
+    using own = startFakeServer((request) => [
+      request.action === "link" ? encodeLink({ kind: "called", node: "late" }) : undefined,
+    ]);
+    const heard = { stretches: 0, beats: 0 };
+    const [host, port] = master.address.split(":");
+    const up: Up = new Up({
+      address: { host: host!, port: Number(port) },
+      token: undefined,
+      ca: undefined,
+      join: () => joinOf("late", own.port),
+      onJoined: () => up.read(119_000),
+      onMessage: ({ kind }) => {
+        if (kind === "stretch") heard.stretches++;
+        if (kind === "alive") heard.beats++;
+      },
+      onLost: () => {},
+    });
+    void up.run();
+    const answer = (received: number) =>
+      up.say({ kind: "alive", received, known: 0, revision: 0, nodes: [], problem: undefined });
+    await waitFor("it has begun", () => heard.stretches > 0);
+    const { beats } = heard;
+    await waitFor("the master has said something else twice", () => heard.beats > beats + 1);
+    expect(heard.stretches).toBe(1);
+    // What it had before the snapshot is no answer for more than was sent.
+    answer(119_000);
+    await waitFor("it goes on", () => heard.stretches > 1);
+    answer(100_000);
+    await waitFor("it has all", () => heard.stretches === 3);
+    up.close();
   });
 });
