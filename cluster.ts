@@ -10,10 +10,11 @@
  * next, it gets that version, or is sent to who has it.
  */
 import { randomBytes } from "node:crypto";
-import { existsSync } from "node:fs";
+import { existsSync, mkdirSync, rmSync } from "node:fs";
 import { openChanges } from "./changes.ts";
 import { say } from "./command.ts";
 import { formatAddress, isLoopback, sleep } from "./connection.ts";
+import { Held, openLocked } from "./disk.ts";
 import type { ClusterState, ForKeeper, FromKeeper, KeeperSettings, MemberStatus, ToKeeper } from "./hub.ts";
 import { addressOf } from "./hub.ts";
 import { INDEX_FILE, Index } from "./index.ts";
@@ -50,6 +51,9 @@ import { openFolder } from "./storage.ts";
 import { type Finding, Observer } from "./watch.ts";
 
 const LEDGER_FILE = "ledger.sqlite";
+const LOCK_FILE = "keeper";
+const LOCK_RETRY_MS = 50;
+const LOCK_TRIES_UNSAID = 40;
 const BEAT_MS = 1_000;
 /** How long a member is called back, which may still be about to listen. */
 const CALLS_MS = 1_500;
@@ -64,22 +68,27 @@ const MAX_REMEMBERED = 100;
 const PUBLISH_MS = 100;
 const NO_ROOM = "no room on the disk for what it knows of the cluster; tried again until there is";
 const PRUNE_MS = 60_000;
+/** Characters of a problem that a master is told. */
+const MAX_PROBLEM = 500;
 
 /** Runs the keeper until the supervisor ends it. */
-export function keep(settings: KeeperSettings): void {
+export async function keep(settings: KeeperSettings): Promise<void> {
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
-  const keeper = keeperOf(settings);
   const stop = () => process.exit(0);
+  let keeper: ReturnType<typeof keeperOf> | undefined;
   // Whoever says so: see server.ts.
-  process.on("exit", (status) => status === 0 && keeper.close());
+  process.on("exit", (status) => status === 0 && keeper?.close());
+  // Nothing but an order to end comes before it has said that it is ready.
   process.on("message", (message: ForKeeper | "drain" | "stop") => {
     if (message === "stop") stop();
-    else if (message !== "drain") keeper.onMessage(message);
+    else if (message !== "drain") keeper?.onMessage(message);
   });
   process.on("disconnect", stop);
+  await takeRoot(settings.root);
+  keeper = keeperOf(settings);
   // The supervisor starts another, which looks at everything anew.
   const giveUp = (error: unknown) => {
-    if (isDiskFull(error)) keeper.tellNoRoom();
+    if (isDiskFull(error)) keeper?.tellNoRoom();
     else logBug({ log: settings.log, worker: 0 }, error);
     process.exit(1);
   };
@@ -87,6 +96,28 @@ export function keep(settings: KeeperSettings): void {
   process.on("unhandledRejection", giveUp);
   process.send?.("ready");
   keeper.start();
+}
+
+/**
+ * Waits until no other keeper has the root: the one that was killed may take a moment to end, and two servers over one root
+ * would each count revisions of their own. The lock goes with this process.
+ */
+async function takeRoot(root: string): Promise<void> {
+  for (let tries = 1; ; tries++) {
+    try {
+      mkdirSync(`${root}/.reprise`, { mode: 0o700, recursive: true });
+      return void openLocked(`${root}/.reprise/${LOCK_FILE}`, 0o600);
+    } catch (error) {
+      // What cannot be written is said when it is to be.
+      if (!(error instanceof Held)) return;
+      if (tries === LOCK_TRIES_UNSAID)
+        say(
+          "warn",
+          `${quote(root)} is kept by ${error.holder}, another server over the same root; waiting for its end`,
+        );
+      await sleep(LOCK_RETRY_MS);
+    }
+  }
 }
 
 /** Where the root cannot be written there is nothing to keep: whoever would join is told so. */
@@ -458,6 +489,8 @@ class Keeper {
 
   #onJoined({ ledger, secret, node }: Extract<FromMaster, { kind: "joined" }>): void {
     this.#useLedger(ledger);
+    // A log that this server had as a master would be brought back if it were one again.
+    for (const file of ["", "-wal", "-shm"]) rmSync(this.#ledgerPath + file, { force: true });
     this.#secret = String(this.#index.setFact("secret", secret));
     log(this.#logSettings, { event: "join", peer: this.#up!.name, status: "ok" });
     say("info", `joined ${this.#up!.name}, which sends clients here as soon as its files are here`);
@@ -518,7 +551,7 @@ class Keeper {
 
   /** How far this member is, and all below it. */
   #sayAlive(): void {
-    const { problem } = this.#placer;
+    const problem = this.#placer.problem?.slice(0, MAX_PROBLEM);
     const nodes = [...this.#downs.values()].flatMap(({ node, nodes }) => [node, ...nodes]);
     const received = this.#up?.received ?? 0;
     this.#up?.say({ kind: "alive", received, known: this.#known, revision: this.#revision, nodes, problem });
@@ -624,6 +657,10 @@ class Keeper {
     down.heardAt = performance.now();
     switch (message.kind) {
       case "read":
+        if (this.#ledger && message.after > this.#ledger.revision) {
+          this.#renewLedger(this.#ledger, down);
+          break;
+        }
         down.begin(message.after);
         this.#pump(down);
         break;
@@ -636,6 +673,15 @@ class Keeper {
       default:
         throw new RepriseError("bad_frame");
     }
+  }
+
+  /** A member knows more of the log than there is: an older one was put back, of which the end is missing. */
+  #renewLedger(ledger: Ledger, { address }: Down): void {
+    say("warn", `${address} knows a later log than this one, which is now another: all say anew what they have`);
+    ledger.renew();
+    this.#useLedger(ledger.id);
+    for (const down of this.#downs.values()) this.#unlinkDown(down, new RepriseError("busy", "the log is another now"));
+    this.#take([{ kind: "online" }]);
   }
 
   #onProposed(down: Down, { id, origin, proposals }: Extract<FromMember, { kind: "propose" }>): void {
@@ -737,12 +783,23 @@ class Keeper {
     const { revision } = this.#log;
     for (const down of this.#downs.values()) {
       if (now - down.heardAt > LEASE_MS) this.#unlinkDown(down, new RepriseError("idle", "nothing was heard for 5 s"));
-      else
+      else {
+        if (down.isStuck(revision, now)) this.#leaveOut(down);
         this.#say(down.worker, down.id, { kind: "alive", revision, chain: [...(this.#up?.chain ?? []), this.#node] });
+      }
     }
     this.#up?.beat();
     this.#sayAlive();
     this.#publishSoon();
+  }
+
+  /** It is there, and takes nothing in: nobody waits for it, and no client is sent there, until it has caught up. */
+  #leaveOut(down: Down): void {
+    down.isLive = false;
+    down.target = this.#log.revision;
+    log(this.#logSettings, { event: "member", peer: down.address, status: "behind" });
+    this.#wakeKnown();
+    this.#publish();
   }
 
   // ------------------------------------------------------------------------------------------------ who is where

@@ -68,8 +68,10 @@ export interface Log {
 
 /** Where the log is kept, and who follows it. All of it is on disk on return, or an error is thrown. */
 export interface Ledger extends Log {
-  /** Names this log for good: revisions of another mean nothing. */
+  /** Names this log: revisions of another mean nothing. */
   readonly id: string;
+  /** Begins anew, empty and under another name, since it is not the one that members know. */
+  renew(): void;
   /** Decides proposals in order, each by compare and set: see `decide`. */
   append(origin: string, proposals: Proposal[]): { decisions: Decision[]; records: Record[] };
   /** Several of these as one. */
@@ -147,7 +149,7 @@ const FORGET_MEMBER_MS = 30 * 24 * 3600 * 1000;
 
 /** In SQLite, synced with each append. */
 export class EmbeddedLedger implements Ledger {
-  readonly id: string;
+  id: string;
   readonly #db: Database;
   readonly #newest: Statement<Record, [string]>;
   readonly #since: Statement<Record, [number, number]>;
@@ -166,7 +168,10 @@ export class EmbeddedLedger implements Ledger {
     this.#newest = this.#db.query("SELECT * FROM records WHERE path = ?");
     this.#since = this.#db.query("SELECT * FROM records WHERE revision > ? ORDER BY revision LIMIT ?");
     this.#insert = this.#db.query(
-      "INSERT OR REPLACE INTO records VALUES ($path, $revision, $kind, $size, $mtime, $sha256, $origin, $over)",
+      // By path alone: that two records have one revision must fail.
+      `INSERT INTO records VALUES ($path, $revision, $kind, $size, $mtime, $sha256, $origin, $over)
+       ON CONFLICT (path) DO UPDATE SET revision = excluded.revision, kind = excluded.kind, size = excluded.size,
+       mtime = excluded.mtime, sha256 = excluded.sha256, origin = excluded.origin, over = excluded.over`,
     );
     this.id = String(this.#fact("id") ?? this.#setFact("id", randomUUID()));
     this.#revision = Number(this.#fact("revision") ?? 0);
@@ -174,6 +179,13 @@ export class EmbeddedLedger implements Ledger {
 
   get revision(): number {
     return this.#revision;
+  }
+
+  renew(): void {
+    this.#db.transaction(() => {
+      this.#db.run("DELETE FROM records");
+      this.id = this.#setFact("id", randomUUID());
+    })();
   }
 
   watch(onNews: () => void): void {

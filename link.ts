@@ -109,6 +109,17 @@ export class Down {
     this.target = from.target;
   }
 
+  #knownAtBeat = -1;
+  #movedAt = performance.now();
+
+  /** Whether it is behind a revision and has come no further for a lease. */
+  isStuck(revision: number, now: number): boolean {
+    const isMoving = this.known >= revision || this.known !== this.#knownAtBeat;
+    this.#knownAtBeat = this.known;
+    if (isMoving) this.#movedAt = now;
+    return this.isLive && now - this.#movedAt > LEASE_MS;
+  }
+
   begin(after: number): void {
     this.sent = after;
     this.received = after;

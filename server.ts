@@ -221,7 +221,7 @@ async function keepUp(settings: KeeperSettings): Promise<void> {
   process.on("message", onMessage);
   process.on("disconnect", stopNow);
   const { keep } = await import("./cluster.ts");
-  keep(settings);
+  void keep(settings);
   process.off("message", onMessage);
   process.off("disconnect", stopNow);
 }

@@ -432,7 +432,7 @@ export class Session {
       case "stat":
         return this.#stat(request.path);
       case "status":
-        return this.#connection.send(encodeInfo(describe(this.#worker)));
+        return this.#connection.send(encodeInfo(describe(this.#worker, this.#token)));
       case "quit":
         return this.#connection.send(encodeEnd(0));
       case "sums":
@@ -877,9 +877,10 @@ function asReprise(error: unknown): RepriseError {
     : new RepriseError("failed", "the server failed; its log says more", error);
 }
 
-/** [status] */
-function describe({ settings, sessions, startedAt, hub }: Worker): Record<string, unknown> {
+/** [status] Problems name paths, which are nothing for who sees one folder alone. */
+function describe({ settings, sessions, startedAt, hub }: Worker, token: Token | undefined): Record<string, unknown> {
   const { role = "alone", node, master, revision, problem, replicas = [] } = hub.cluster ?? {};
+  const seesAll = token === undefined || token.folder === "";
   return {
     server: SOFTWARE,
     protocol: PROTOCOL_VERSION,
@@ -892,7 +893,7 @@ function describe({ settings, sessions, startedAt, hub }: Worker): Record<string
     node,
     master,
     revision,
-    problem,
-    replicas,
+    problem: seesAll ? problem : undefined,
+    replicas: seesAll ? replicas : replicas.map((replica) => ({ ...replica, problem: undefined })),
   };
 }

@@ -1,7 +1,8 @@
 /** The keeper of a cluster among hostile members, lost files and a tree that goes away: parts by themselves, and real servers. */
 import { Database } from "bun:sqlite";
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { mkdirSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { copyFileSync, existsSync, mkdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 import { openChanges } from "../changes.ts";
 import { Index } from "../index.ts";
 import { EmbeddedLedger, FOLDER, GONE, type Version } from "../ledger.ts";
@@ -12,8 +13,8 @@ import type { Event } from "../replica.ts";
 import { openFolder, type Root } from "../storage.ts";
 import { addToken } from "../tokens.ts";
 import { hashOf, Observer } from "../watch.ts";
-import { statusOf } from "./clusters.ts";
-import { makeRoot, runClient, startFakeServer, startServer, TEST_MS, waitFor } from "./fixtures.ts";
+import { startCluster, statusOf } from "./clusters.ts";
+import { childrenOf, makeRoot, runClient, startFakeServer, startServer, TEST_MS, waitFor } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
 
@@ -243,4 +244,74 @@ describe("a member that was away for long", () => {
     await waitFor("it has all", () => heard.stretches === 3);
     up.close();
   });
+});
+
+describe("a log", () => {
+  const LEDGER = join(".reprise", "ledger.sqlite");
+
+  test("that an older one was put in place of is begun anew: nothing is lost, nothing comes back", async () => {
+    await using cluster = await startCluster({ replicas: 2, files: { a: "1" } });
+    const { master, replicas } = cluster;
+    await cluster.settled();
+    using kept = makeRoot({});
+    const copy = join(kept.path, "old");
+    await master.server.stop("SIGTERM");
+    copyFileSync(join(master.root, LEDGER), copy);
+    await master.start();
+    await cluster.live();
+    writeFileSync(join(replicas[0]!.root, "b"), "2");
+    rmSync(join(replicas[1]!.root, "a"));
+    await cluster.settled();
+    await master.server.stop("SIGTERM");
+    for (const more of ["", "-wal", "-shm"]) rmSync(join(master.root, LEDGER + more), { force: true });
+    copyFileSync(copy, join(master.root, LEDGER));
+    await master.start();
+    await waitFor("it is said", () => master.server.stderr().includes("knows a later log"));
+    await cluster.live();
+    writeFileSync(join(replicas[0]!.root, "c"), "3");
+    await waitFor("all have it", () => cluster.nodes.every(({ root }) => existsSync(join(root, "c"))));
+    const names = (await cluster.settled()).map((line) => line.split(" ")[0]);
+    expect(names).toEqual(["b", "c"]);
+  });
+
+  test("that a server had as a master goes when it joins another", async () => {
+    await using cluster = await startCluster({ replicas: 1, files: { a: "1" } });
+    await using other = await startCluster({ replicas: 0, files: { b: "2" } });
+    const { master, replicas } = cluster;
+    await cluster.settled();
+    expect(existsSync(join(master.root, LEDGER))).toBe(true);
+    await master.server.stop("SIGTERM");
+    await replicas[0]!.server.stop("SIGTERM");
+    await using member = await startServer(master.root, { args: ["--writable", "--join", other.address] });
+    await waitFor("it has joined", () => existsSync(join(master.root, "b")));
+    expect([existsSync(join(master.root, LEDGER)), member.stderr().includes("joined")]).toEqual([false, true]);
+  });
+});
+
+test("two servers over one root: the second waits for the first to end", async () => {
+  await using cluster = await startCluster({ replicas: 1 });
+  const { root, server } = cluster.replicas[0]!;
+  await using second = await startServer(root, { args: ["--writable", "--join", cluster.address] });
+  await waitFor("it waits", () => second.stderr().includes("waiting for its end"));
+  expect(second.stderr()).not.toContain("joined");
+  await server.stop("SIGKILL");
+  await waitFor("it has joined", () => second.stderr().includes("joined"));
+});
+
+test("a member whose keeper stands still is waited for no longer than its lease, and comes back", async () => {
+  await using cluster = await startCluster({ replicas: 2 });
+  const [first, second] = cluster.replicas;
+  const keeper = childrenOf(second!.server.process.pid).find((pid) =>
+    readFileSync(`/proc/${pid}/environ`, "utf8").includes("REPRISE_KEEPER="),
+  )!;
+  process.kill(keeper, "SIGSTOP");
+  try {
+    const put = await runClient(first!.server.address, ["put", "-", "-t", "a"], { stdin: "1" });
+    expect([put.status, put.errors]).toEqual([0, ""]);
+    await cluster.live(1);
+  } finally {
+    process.kill(keeper, "SIGCONT");
+  }
+  await cluster.live(2);
+  expect((await cluster.settled()).length).toBe(1);
 });
