@@ -13,10 +13,17 @@ import { randomBytes } from "node:crypto";
 import { existsSync, mkdirSync, rmSync } from "node:fs";
 import { openChanges } from "./changes.ts";
 import { say } from "./command.ts";
-import { formatAddress, isLoopback, sleep } from "./connection.ts";
+import { formatAddress, isEverywhere, isLoopback, sleep } from "./connection.ts";
 import { Held, openLocked } from "./disk.ts";
-import type { ClusterState, ForKeeper, FromKeeper, KeeperSettings, MemberStatus, ToKeeper } from "./hub.ts";
-import { addressOf } from "./hub.ts";
+import {
+  addressOf,
+  type ClusterState,
+  type ForKeeper,
+  type FromKeeper,
+  type KeeperSettings,
+  type MemberStatus,
+  type ToKeeper,
+} from "./hub.ts";
 import { INDEX_FILE, Index } from "./index.ts";
 import {
   type Decision,
@@ -460,7 +467,7 @@ class Keeper {
   #joinMaster(server: string): void {
     const [address] = parseServers(server);
     const { token, ca, host, port, advertise } = this.#settings;
-    const [told] = advertise === undefined ? [{ host: isAnywhere(host) ? "" : host, port }] : parseServers(advertise);
+    const [told] = advertise === undefined ? [{ host: isEverywhere(host) ? "" : host, port }] : parseServers(advertise);
     const { node, secret } = { node: this.#node, secret: this.#callSecret };
     const up = new Up({
       address: { ...address!, tls: address!.tls || this.#settings.tls },
@@ -909,10 +916,6 @@ function countDown(counts: Map<string, number>, key: string): void {
 /** Of SQLite, whose file is as it was before. */
 function isDiskFull(error: unknown): boolean {
   return (error as { code?: unknown }).code === "SQLITE_FULL";
-}
-
-function isAnywhere(host: string): boolean {
-  return host === "0.0.0.0" || host === "::" || host === "";
 }
 
 function circle(): RepriseError {

@@ -702,6 +702,11 @@ export function formatAddress(host: string, port: number): string {
   return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
 }
 
+/** An address to listen on that nobody can connect to: all that there are. */
+export function isEverywhere(host: string): boolean {
+  return /^[0.]+$|^[0:]+$/.test(host);
+}
+
 /** Whether an address, not a name, is this machine's own to itself. */
 export function isLoopback(address: string): boolean {
   return /^(::ffff:)?127\.|^::1$/i.test(address);

@@ -34,7 +34,7 @@ import {
   sizeOption,
   usage,
 } from "./command.ts";
-import { accept, type Connection, formatAddress, isLoopback, listen } from "./connection.ts";
+import { accept, type Connection, formatAddress, isEverywhere, isLoopback, listen } from "./connection.ts";
 import {
   addressOf,
   type ForWorker,
@@ -628,12 +628,6 @@ function checkAdvertised(text: string): string {
     throw usage(`--advertise takes an address that clients can connect to, not ${quote(text)}`);
   return formatAddress(address.host, address.port);
 }
-
-/** Where one can listen, and nobody can connect. */
-function isEverywhere(host: string): boolean {
-  return /^[0.]+$|^[0:]+$/.test(host);
-}
-
 /** As many connections as are asked for, and no more than there are descriptors for. */
 function connectionsOf(args: Args, workers: number): Pick<Settings, "maxConnections" | "maxOfWorker"> {
   const wanted = numberOption(args, "max-connections", { min: 1, max: 1_000_000 });
