@@ -61,8 +61,8 @@ const KEEP_MS = 7 * 24 * 3600 * 1000;
 const LOCK_RETRY_MS = 1;
 const LOCK_LIMIT_MS = 10_000;
 /**
- * Uploads take so much between two looks at the free space; a look costs 4 µs. What other workers take meanwhile is not
- * seen, so each of them may go so far beyond the limit.
+ * Uploads take so much between two looks at the free space; a look costs 4 µs. What other workers take meanwhile, and
+ * have not yet written of what they took before, is not seen, so each of them may go twice so far beyond the limit.
  */
 const LOOK_BYTES = 4 * 1024 * 1024;
 /** Folders that all groups of a process together may have open; each may have those of one change all the same. */
