@@ -331,7 +331,8 @@ class Fetch implements Exchange {
       return await (isSmall ? this.#takeSmall(peer, this.#meta) : this.#takeLarge(peer, this.#meta));
     } catch (error) {
       const isChange = error instanceof RepriseError && error.code === "changed";
-      if (!isChange || !this.#part || this.#part.bytes === 0) throw error;
+      // A part may know its version and hold nothing of it yet.
+      if (!isChange || !this.#part || this.#asked.etag === "") throw error;
       if (++this.#restarts > this.#tree.context.remote.retries) {
         throw new RepriseError("changed", `${error.message}, again and again; get it when it is at rest`);
       }

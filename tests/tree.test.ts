@@ -460,21 +460,23 @@ describe("interrupted in the middle and run again", () => {
     expect(readdirSync(folder.path).length).toBe(50);
   });
 
-  test("a large file that was begun is a small one now: the new content, and nothing of the old", async () => {
-    await using it = await setUp({ "d/big": randomBytes(6 * MIB), "d/x": "1" });
-    let isCutting = true;
-    using proxy = startProxy({
-      target: it.server.port,
-      toClient: (bytes, at) => (isCutting && at > 4 * MIB ? undefined : bytes),
-    });
-    const get = (...args: string[]) => runClient(proxy.address, ["get", "-r", "d", "-o", it.local("d"), ...args]);
-    expect((await get("--jobs", "1", "--retries", "0")).status).toBe(8);
-    expect(existsSync(it.local("d/big.part"))).toBe(true);
-    isCutting = false;
-    writeFileSync(it.remote("d/big"), "small now");
-    expect((await get()).status).toBe(0);
-    expect(treeOf(it.local("d"))).toEqual(treeOf(it.remote("d")));
-  });
+  // Of which much has come, or nothing yet but what it is.
+  test.each([4 * MIB, 10_000])(
+    "a large file that was begun and cut at %d is a small one now: the new content, and nothing of the old",
+    async (cutAt) => {
+      await using it = await setUp({ "d/big": randomBytes(6 * MIB), "d/x": "1" });
+      let isCutting = true;
+      const spoil = () => (isCutting ? { toClient: { cutAt } } : {});
+      using proxy = startProxy({ target: it.server.port, spoil });
+      const get = (...args: string[]) => runClient(proxy.address, ["get", "-r", "d", "-o", it.local("d"), ...args]);
+      expect((await get("--jobs", "1", "--retries", "0")).status).toBe(8);
+      expect(existsSync(it.local("d/big.part"))).toBe(true);
+      isCutting = false;
+      writeFileSync(it.remote("d/big"), "small now");
+      expect((await get()).status).toBe(0);
+      expect(treeOf(it.local("d"))).toEqual(treeOf(it.remote("d")));
+    },
+  );
 });
 
 // ---------------------------------------------------------------------------------------------------- servers of ours
