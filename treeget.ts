@@ -332,7 +332,8 @@ class Fetch implements Exchange {
     } catch (error) {
       const isChange = error instanceof RepriseError && error.code === "changed";
       // A part may know its version and hold nothing of it yet.
-      if (!isChange || !this.#part || this.#asked.etag === "") throw error;
+      const isBegun = this.#part && (this.#part.bytes > 0 || this.#asked.etag !== "");
+      if (!isChange || !this.#part || !isBegun) throw error;
       if (++this.#restarts > this.#tree.context.remote.retries) {
         throw new RepriseError("changed", `${error.message}, again and again; get it when it is at rest`);
       }
