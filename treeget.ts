@@ -313,7 +313,13 @@ class Fetch implements Exchange {
   }
 
   take(peer: Peer): Promise<boolean> | boolean {
-    const answer = peer.peekNow();
+    let answer: ReturnType<Peer["peekNow"]>;
+    try {
+      answer = peer.peekNow();
+    } catch (error) {
+      // It was here already, and is an error.
+      return this.#startAgain(error);
+    }
     if (answer?.type !== "file") return this.#takeAnswer(peer);
     peer.drop();
     return this.#takeWhole(peer, answer);
@@ -330,18 +336,23 @@ class Fetch implements Exchange {
       const isSmall = !this.#part && size <= MAX_CONTENT_BYTES;
       return await (isSmall ? this.#takeSmall(peer, this.#meta) : this.#takeLarge(peer, this.#meta));
     } catch (error) {
-      const isChange = error instanceof RepriseError && error.code === "changed";
-      // A part may know its version and hold nothing of it yet.
-      const isBegun = this.#part && (this.#part.bytes > 0 || this.#asked.etag !== "");
-      if (!isChange || !this.#part || !isBegun) throw error;
-      if (++this.#restarts > this.#tree.context.remote.retries) {
-        throw new RepriseError("changed", `${error.message}, again and again; get it when it is at rest`);
-      }
-      say("warn", `${error.message}; starting again`);
-      this.#part.reset();
-      this.#offset = undefined;
-      return true;
+      return this.#startAgain(error);
     }
+  }
+
+  /** With a part of a version that is no more; true for asking again. Throws what is something else. */
+  #startAgain(error: unknown): true {
+    const isChange = error instanceof RepriseError && error.code === "changed";
+    // A part may know its version and hold nothing of it yet.
+    const isBegun = this.#part && (this.#part.bytes > 0 || this.#asked.etag !== "");
+    if (!isChange || !this.#part || !isBegun) throw error;
+    if (++this.#restarts > this.#tree.context.remote.retries) {
+      throw new RepriseError("changed", `${error.message}, again and again; get it when it is at rest`);
+    }
+    say("warn", `${error.message}; starting again`);
+    this.#part.reset();
+    this.#offset = undefined;
+    return true;
   }
 
   failed(error: RepriseError): void {
