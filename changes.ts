@@ -61,8 +61,8 @@ const KEEP_MS = 7 * 24 * 3600 * 1000;
 const LOCK_RETRY_MS = 1;
 const LOCK_LIMIT_MS = 10_000;
 /**
- * Uploads take so much between two looks at the free space; a look costs 4 µs. What other workers take meanwhile, and
- * have not yet written of what they took before, is not seen, so each of them may go twice so far beyond the limit.
+ * Uploads take so much between two looks at the free space; a look costs 4 µs. What other workers take meanwhile is not
+ * seen, so each of them may go so far beyond the limit: it is also the most that one has taken and not yet written.
  */
 const LOOK_BYTES = 4 * 1024 * 1024;
 /** Folders that all groups of a process together may have open; each may have those of one change all the same. */
@@ -467,10 +467,11 @@ interface Limits {
 class Room {
   readonly keepFree: number;
   readonly #folder: string;
-  /** To be taken before the next look. */
+  /** To be taken before the next look; with what is unwritten no more than LOOK_BYTES. */
   #allowed = 0;
   /** Taken and not yet written: the file system does not know of it. */
   #unwritten = 0;
+  #written: PromiseWithResolvers<void> | undefined;
 
   constructor(folder: number, keepFree: number) {
     this.#folder = pathOf(folder);
@@ -481,20 +482,31 @@ class Room {
   has(bytes: number): boolean {
     if (bytes <= this.#allowed) return true;
     const most = this.look();
-    this.#allowed = Math.min(LOOK_BYTES, most);
+    this.#allowed = Math.min(Math.max(0, LOOK_BYTES - this.#unwritten), most);
     return bytes <= most;
+  }
+
+  /** The same as `take`, once so much more may be unwritten. */
+  async takeInTurn(bytes: number): Promise<boolean> {
+    while (this.#unwritten > 0 && this.#unwritten + bytes > LOOK_BYTES) {
+      this.#written ??= Promise.withResolvers();
+      await this.#written.promise;
+    }
+    return this.take(bytes);
   }
 
   /** Takes it, for what `written` will be told of; false where there is no room. */
   take(bytes: number): boolean {
     if (!this.has(bytes)) return false;
-    this.#allowed -= bytes;
+    this.#allowed = Math.max(0, this.#allowed - bytes);
     this.#unwritten += bytes;
     return true;
   }
 
   written(bytes: number): void {
     this.#unwritten -= bytes;
+    this.#written?.resolve();
+    this.#written = undefined;
   }
 
   look(): number {
@@ -571,26 +583,21 @@ export class Upload {
   }
 
   /** Takes the chunk's memory over until it calls `free` with it. Throws `too_large`, `no_room`, `failed`. */
-  append(chunk: Uint8Array, crc32: number, free: Release): Promise<void> {
+  async append(chunk: Uint8Array, crc32: number, free: Release): Promise<void> {
     const { length } = chunk;
     this.#taken += length;
     if (this.#taken > this.#limits.maxBytes) {
       this.drop();
       throw tooLarge(this.request, this.#limits.maxBytes);
     }
-    if (!this.#limits.room) return this.#queue.append(chunk, crc32, free);
-    this.#takeRoom(length);
+    const { room } = this.#limits;
+    if (!room) return this.#queue.append(chunk, crc32, free);
+    if (!(await room.takeInTurn(length))) throw noRoom(this.request, room);
+    this.#unwritten += length;
     return this.#queue.append(chunk, crc32, (written) => {
       this.#leaveRoom(length);
       free(written);
     });
-  }
-
-  #takeRoom(bytes: number): void {
-    const { room } = this.#limits;
-    if (!room) return;
-    if (!room.take(bytes)) throw noRoom(this.request, room);
-    this.#unwritten += bytes;
   }
 
   /** What was taken is written, or never will be. */
@@ -601,11 +608,15 @@ export class Upload {
 
   /** All of a small one. Throws as `append`. */
   write(content: Uint8Array): void {
-    this.#takeRoom(Math.max(1, Math.ceil(content.length / BLOCK_BYTES)) * BLOCK_BYTES);
+    const { room } = this.#limits;
+    const bytes = Math.max(1, Math.ceil(content.length / BLOCK_BYTES)) * BLOCK_BYTES;
+    if (room && !room.take(bytes)) throw noRoom(this.request, room);
     try {
       for (let at = 0; at < content.length; ) at += writeSync(this.fd, content, at, content.length - at, at);
     } catch (error) {
       throw this.#wrap(error, this.request.path);
+    } finally {
+      room?.written(bytes);
     }
   }
 
