@@ -470,12 +470,15 @@ export class Placer {
     this.#tryLater(want);
   }
 
-  /** A folder with something in it that is not about to go: it stays, or makes way for a file as a whole. */
+  /**
+   * A folder with something in it that is not about to go: it stays, or makes way for a file as a whole, under the same name
+   * on all members, since several may do so before they hear of each other.
+   */
   async #keepFull(record: Record): Promise<void> {
-    const { index, state, take, examine } = this.#options;
+    const { index, take, examine } = this.#options;
     for (const { target } of index.below(record.path)) if (target) return;
     if (record.kind === "gone") take([{ kind: "kept", record }]);
-    else await this.aside(record.path, "", conflictName(record.path, state.node, record));
+    else await this.aside(record.path, "", conflictName(record.path, record.origin, record));
     examine([record.path]);
   }
 

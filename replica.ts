@@ -212,7 +212,10 @@ function onPlaced(state: State, event: Extract<Event, { kind: "placed" | "kept" 
     entry.etag = event.etag;
   }
   // What is in a folder is not lost to a file that takes its place.
-  if (event.kind === "kept" && record.kind === "file" && entry.seen.kind === "folder") return [asideOf(state, entry)];
+  if (event.kind === "kept" && record.kind === "file" && entry.seen.kind === "folder")
+    return [
+      { kind: "aside", path: record.path, etag: entry.etag, to: conflictName(record.path, record.origin, record) },
+    ];
   if (record.revision > entry.base) goesBackTo(entry, record, record.revision);
   else if (event.kind === "placed" && record.revision < entry.base) wasLate(entry, record);
   return settle(state, entry, "next");
@@ -275,12 +278,8 @@ function nextFor(state: State, entry: Entry): Effect | undefined {
   }
   // An empty folder is nothing to lose, and a full one does not give way to a file: see `kept`.
   const isLost = isDirty(entry) && seen.kind === "file" && !hasSameContent(seen, target);
-  if (isLost) return asideOf(state, entry);
+  if (isLost) return { kind: "aside", path, etag, to: conflictName(path, state.node, seen) };
   return { kind: "place", record: target, etag };
-}
-
-function asideOf({ node }: State, { path, etag, seen }: Entry): Effect {
-  return { kind: "aside", path, etag, to: conflictName(path, node, seen) };
 }
 
 function fresh(path: string): Entry {

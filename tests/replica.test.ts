@@ -259,12 +259,12 @@ describe("step() folders", () => {
     expect(me.take({ kind: "kept", record: made })).toMatchObject([{ kind: "aside", path: "d" }]);
   });
 
-  test("one that stays full goes aside for a file", () => {
+  test("one that stays full goes aside for a file, under the name that it gets on all members", () => {
     const me = new Member().has(record(1, "d", FOLDER));
     const next = record(2, "d", A);
     me.take(stretch(1, next));
     const [effect] = me.take({ kind: "kept", record: next });
-    expect(effect).toMatchObject({ kind: "aside", path: "d", to: conflictName("d", "me", FOLDER) });
+    expect(effect).toMatchObject({ kind: "aside", path: "d", to: conflictName("d", next.origin, next) });
     expect(isWanted(me.state, effect as Extract<Effect, { kind: "aside" }>)).toBe(true);
     expect(me.take(seen("d", GONE))).toEqual([place(next, "")]);
   });
