@@ -32,9 +32,12 @@ export interface Address {
 /** [redirect] The server's REDIRECT in place of WELCOME: all is to be asked there. */
 export class Redirected extends Error {
   readonly address: Address;
-  constructor(address: Address) {
+  /** That one is to answer itself. */
+  readonly direct: boolean;
+  constructor(address: Address, direct: boolean) {
     super(`redirected to ${formatAddress(address.host, address.port)}`);
     this.address = address;
+    this.direct = direct;
   }
 }
 
@@ -43,7 +46,7 @@ export class SentOn extends Redirected {
   /** Whose answer it is. */
   readonly from: Address;
   constructor(from: Address, address: Address) {
-    super(address);
+    super(address, true);
     this.from = from;
   }
 }
@@ -322,7 +325,7 @@ export class Peer {
     // [redirect] Behind WELCOME it is an answer like others, which only some requests can have.
     if (answer.type !== "redirect" || this.#greeted) return answer;
     if (this.#options.direct) throw unexpected("a redirect where it was to answer itself");
-    throw new Redirected(answer);
+    throw new Redirected(answer, answer.direct);
   }
 }
 

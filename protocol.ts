@@ -35,7 +35,7 @@
  *              0x24  SUMS      to server  id str (of an upload; "" for a file), path str
  *              0x30  LINK      both ways  a JSON object in UTF-8
  *              0x80  WELCOME   to client  version u16, software str
- *              0x81  REDIRECT  to client  port u16, host str
+ *              0x81  REDIRECT  to client  port u16, flags u8 (1: which is to answer itself), host str
  *              0x82  ERROR     to client  code u16, text str
  *              0x83  META      to client  kind u8, size u64, mtime i64 (microseconds since 1970), offset u64, etag str
  *              0x84  DATA      both ways  content (1 to 524,288 bytes)
@@ -51,7 +51,7 @@
  *
  * [redirect]   A server that others have joined answers HELLO with a REDIRECT to each of them in turn; a client that is
  *              sent on says HELLO there in the same way, at most five times and never in a circle. With the flag `direct`
- *              the server answers itself. REDIRECT may also come in place of the META of a GET or a STAT: the version that
+ *              the server answers itself; where members are all equal, REDIRECT says that this is to be asked for. REDIRECT may also come in place of the META of a GET or a STAT: the version that
  *              counts is not here yet, but there, where it is to be asked for directly. The connection goes on.
  *
  * [access]     A token is 1 to 255 bytes that the server has given out. ERROR `denied` answers one that is not known, has
@@ -307,7 +307,7 @@ export type Content = { type: "data"; crc32: number; content: Uint8Array } | { t
 export type Answer =
   | Content
   | { type: "welcome"; version: number; software: string }
-  | { type: "redirect"; host: string; port: number }
+  | { type: "redirect"; host: string; port: number; direct: boolean }
   | { type: "error"; error: RepriseError }
   | ({ type: "meta"; offset: number } & Meta)
   | { type: "wait" }
@@ -535,9 +535,9 @@ export function encodeWelcome(software: string): Uint8Array {
   return new Writer(FrameType.WELCOME).u16(PROTOCOL_VERSION).str(software, MAX_TEXT_BYTES).done();
 }
 
-/** [handshake] port u16, host str. */
-export function encodeRedirect(host: string, port: number): Uint8Array {
-  return new Writer(FrameType.REDIRECT).u16(port).str(host, MAX_TEXT_BYTES).done();
+/** [redirect] port u16, flags u8, host str. */
+export function encodeRedirect(host: string, port: number, direct = false): Uint8Array {
+  return new Writer(FrameType.REDIRECT).u16(port).u8(Number(direct)).str(host, MAX_TEXT_BYTES).done();
 }
 
 /** [errors] code u16, text str. A text over the limit is cut, never refused: an error must always travel. */
@@ -815,10 +815,10 @@ function readAnswer(type: number, reader: Reader): Answer {
 }
 
 /** Where to connect is looked at before anybody does, or is told of it. */
-function readAddress(reader: Reader): { port: number; host: string } {
-  const [port, host] = [reader.u16(), reader.str(MAX_TEXT_BYTES)];
+function readAddress(reader: Reader): { port: number; direct: boolean; host: string } {
+  const [port, flags, host] = [reader.u16(), reader.u8(), reader.str(MAX_TEXT_BYTES)];
   if (port === 0 || !/^[\w.:%-]+$/.test(host)) throw badFrame("a REDIRECT to what is no address");
-  return { port, host };
+  return { port, direct: (flags & 1) !== 0, host };
 }
 
 function readError(reader: Reader): RepriseError {

@@ -423,7 +423,7 @@ export class Remote {
 
   /** Runs `work` at the server, or where the server sends it; `course` then tells how far it has come. */
   async #follow<T>(work: (peer: Peer) => Promise<T>, course: Course): Promise<T> {
-    const { direct } = this.#options;
+    let { direct } = this.#options;
     let address = this.#named;
     const route = new Route(address, "bad_frame");
     if (!this.#peer) this.#isSentOn = false;
@@ -444,6 +444,7 @@ export class Remote {
         this.#drop();
         this.#isSentOn = true;
         address = route.next(error.address);
+        direct ||= error.direct;
       }
     }
   }

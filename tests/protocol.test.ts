@@ -156,8 +156,14 @@ describe("golden bytes", () => {
     [
       "REDIRECT",
       encodeRedirect("h", 2121),
-      "00000005 81 e84004f1 0849 0001 68",
-      { type: "redirect", host: "h", port: 2121 },
+      "00000006 81 604b3953 0849 00 0001 68",
+      { type: "redirect", host: "h", port: 2121, direct: false },
+    ],
+    [
+      "REDIRECT to who answers itself",
+      encodeRedirect("h", 2121, true),
+      "00000006 81 d8f75e36 0849 01 0001 68",
+      { type: "redirect", host: "h", port: 2121, direct: true },
     ],
     [
       "ERROR",
