@@ -1186,7 +1186,8 @@ function startSayer(say: () => Uint8Array[]): { port: number; address: string; c
 }
 
 describe("row 25: redirects to the client", () => {
-  const run = (address: string, ...args: string[]) => runClient(address, [...args, "--retries", "0", "--timeout", "5"]);
+  const run = (address: string, ...args: string[]) =>
+    runClient(address, [...args, "--retries", "0", "--timeout", "20"]);
 
   test("row 25: a redirect is followed, and the file is the one that is there", async () => {
     using root = makeRoot({ file: "inside" });

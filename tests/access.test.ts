@@ -1085,7 +1085,7 @@ function startRecorder(): { port: number; opened: number; bytes: number } & Disp
 }
 
 /** For a client that is to fail before it waits for an answer: where it does wait, none comes. */
-const BRIEFLY = ["--timeout", "1", "--retries", "0"];
+const BRIEFLY = ["--timeout", "10", "--retries", "0"];
 
 /** Where this machine has another address than loopback ones: a network of its own. */
 const ELSEWHERE = "192.0.2.1";
@@ -1312,14 +1312,14 @@ describe("the client's token", () => {
     }
     expect(recorder.lines().filter((line) => line.startsWith("data"))).toEqual([]);
     // That something would have come, without one.
-    await runClient(elsewhere, ["ls", "--timeout", "0.2", "--retries", "0"], { runBy });
+    await runClient(elsewhere, ["ls", "--timeout", "1", "--retries", "0"], { runBy });
     await waitFor("it comes", () => recorder.lines().some((line) => line.startsWith("data")));
   });
 
   test.skipIf(!network)("does not follow a REDIRECT there", async () => {
     await using recorder = await startRecorderElsewhere();
     const { runBy } = network!;
-    const args = ["ls", "--timeout", "0.2", "--retries", "0"];
+    const args = ["ls", "--timeout", "2", "--retries", "0"];
     const run = await runClient(recorder.redirecting, args, { runBy, env: { REPRISE_TOKEN: "rprs_the-token" } });
     expect(run).toMatchObject({ status: 4, output: "" });
     expect(run.errors).toContain(`${recorder.elsewhere}: no token is sent in clear to another machine`);
@@ -1572,7 +1572,8 @@ async function sip(port: number, request: Request, ms: number): Promise<number> 
   return bytes;
 }
 
-const SLOW = ["--idle-timeout", "0.5", "--min-rate", "10000", "--writable"];
+/** Such limits that a test on a busy machine keeps to them where it is to. */
+const SLOW = ["--idle-timeout", "2", "--min-rate", "10000", "--writable"];
 const dataFrame = (content: Uint8Array) =>
   Buffer.concat([encodeDataHeader(content.length, Bun.hash.crc32(content)), content]);
 const dataFrames = (content: Uint8Array, each: number) =>
@@ -1614,7 +1615,7 @@ describe("slow peers", () => {
     using first = await enter(server.port);
     first.socket.write(Buffer.concat([encodeRequest(upload), dataFrame(content.subarray(0, 200_000))]));
     // 30 bytes each 50 ms: never idle, and far below the rate.
-    const frames = Buffer.concat(dataFrames(content.subarray(200_000, 202_000), 21));
+    const frames = Buffer.concat(dataFrames(content.subarray(200_000, 220_000), 21));
     await Promise.all([dribble(first, frames, 30, 50), expectIdle(server, first, "put")]);
     expect((first.answers().at(-1) as { error: Error }).error.message).toContain("fewer than 10000 bytes a second");
     expect(existsSync(join(root.path, "f"))).toBe(false);
@@ -1655,13 +1656,13 @@ describe("slow peers", () => {
     using root = makeRoot({});
     const size = 16 << 20;
     const digest = writeLargeFile(join(root.path, "big"), size);
-    const args = ["--writable", "--idle-timeout", "1", "--min-rate", "100"];
+    const args = ["--writable", "--idle-timeout", "3", "--min-rate", "100"];
     await using server = await startServer(root.path, { args });
     using guest = await enter(server.port);
     const content = randomBytes(20_000);
     const going = guest.ask(put("f", { size: content.length, content: undefined }));
     const frames = Buffer.concat([...dataFrames(content, 150), encodeEnd(content.length)]);
-    const [, read] = await Promise.all([dribble(guest, frames, 150, 20), sip(server.port, get("big"), 10)]);
+    const [, read] = await Promise.all([dribble(guest, frames, 150, 40), sip(server.port, get("big"), 20)]);
     expect(await going).toBe("ok");
     expect(readFileSync(join(root.path, "f")).equals(Buffer.from(content))).toBe(true);
     expect(read).toBeGreaterThan(size);
@@ -1677,7 +1678,7 @@ describe("slow peers", () => {
     async () => {
       using root = makeRoot({});
       writeLargeFile(join(root.path, "big"), 64 << 20);
-      await using server = await startServer(root.path, { args: ["--idle-timeout", "0.5", "--min-rate", "10000"] });
+      await using server = await startServer(root.path, { args: ["--idle-timeout", "1.5", "--min-rate", "10000"] });
       const socket = connect({ host: "127.0.0.1", port: server.port });
       let pieces = 0;
       let end: string | undefined;
@@ -1685,7 +1686,7 @@ describe("slow peers", () => {
       socket.on("data", () => {
         pieces++;
         socket.pause();
-        setTimeout(() => socket.resume(), 150);
+        setTimeout(() => socket.resume(), 250);
       });
       socket.write(Buffer.concat([encodeHello(), encodeRequest(get("big"))]));
       await waitFor("as much is read as takes several such times", () => pieces >= 25 || end);
@@ -1697,20 +1698,20 @@ describe("slow peers", () => {
   test("--min-rate 0 leaves alone whoever sends a byte within --idle-timeout", async () => {
     using root = makeRoot({});
     await using server = await startServer(root.path, {
-      args: ["--writable", "--idle-timeout", "1", "--min-rate", "0"],
+      args: ["--writable", "--idle-timeout", "3", "--min-rate", "0"],
     });
     using guest = await enter(server.port);
     const going = guest.ask(put("f", { size: 30, content: undefined }));
     // One frame that takes longer than that.
     const frames = Buffer.concat([dataFrame(randomBytes(30)), encodeEnd(30)]);
-    await dribble(guest, frames, 1, 60);
+    await dribble(guest, frames, 1, 100);
     expect(await going).toBe("ok");
   });
 
   test("a server's own --limit-rate below the rate cuts nobody", async () => {
-    using root = makeRoot({ f: randomBytes(60_000) });
+    using root = makeRoot({ f: randomBytes(100_000) });
     using local = temporaryFolder();
-    await using server = await startServer(root.path, { args: [...SLOW, "--min-rate", "1M", "--limit-rate", "40K"] });
+    await using server = await startServer(root.path, { args: [...SLOW, "--min-rate", "1M", "--limit-rate", "35K"] });
     const got = join(local.path, "f");
     expect(await runClient(server.address, ["get", "f", "-d", local.path])).toMatchObject({ status: 0, errors: "" });
     expect(await runClient(server.address, ["put", got, "-t", "g", "-d", local.path])).toMatchObject({
@@ -1729,7 +1730,7 @@ describe("slow peers", () => {
     const args = ["put", file, "-t", "f", "-d", local.path, "--limit-rate", "2000", "--retries", "0"];
     const { status, errors } = await runClient(server.address, args);
     expect(status).toBe(8);
-    expect(errors).toContain("closed for lack of activity: fewer than 10000 bytes a second for 0.5 s");
+    expect(errors).toContain("closed for lack of activity: fewer than 10000 bytes a second for 2 s");
   });
 });
 

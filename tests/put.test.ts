@@ -435,8 +435,9 @@ describe("put -", () => {
   });
 
   test("a stream that pauses for longer than every limit loses nothing", async () => {
-    await using it = await setUp({ args: ["--idle-timeout", "0.3"] });
-    const args = ["put", "-", "-t", "f", "-d", it.logs, "--timeout", "0.3", "--retries", "1"];
+    // Longer than the server takes to say WAIT, so that only the pause is longer than they are.
+    await using it = await setUp({ args: ["--idle-timeout", "2"] });
+    const args = ["put", "-", "-t", "f", "-d", it.logs, "--timeout", "2.5", "--retries", "1"];
     const child = spawnFedClient(it.server.address, args);
     await feed(child, randomBytes(1_000_000), false);
     // By whoever's time is over first.

@@ -623,7 +623,7 @@ describe("who is trusted", () => {
     expect((await runClient(good.address, ["cat", "f", ...ONCE], { env })).output).toBe("here");
     expect(near.hellos.map(({ token }) => token)).toEqual(["rprs_the-token"]);
     using server = startFakeServer(() => [encodeRedirect(outside!, listener.port)]);
-    const run = await runClient(server.address, ["cat", "f", ...ONCE, "--timeout", "1"], { env });
+    const run = await runClient(server.address, ["cat", "f", ...ONCE, "--timeout", "10"], { env });
     listener.stop(true);
     expect([run.status, run.errors]).toEqual([
       4,

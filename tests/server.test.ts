@@ -186,7 +186,7 @@ describe("limits", () => {
   test("--idle-timeout closes who says nothing and who reads nothing, and logs it", async () => {
     using root = makeRoot({});
     writeLargeFile(join(root.path, "big"), 64 << 20);
-    await using server = await startServer(root.path, { args: ["--idle-timeout", "0.3"] });
+    await using server = await startServer(root.path, { args: ["--idle-timeout", "1"] });
     using silent = await connectRaw(server.port);
     using greeted = await connectRaw(server.port);
     greeted.socket.write(encodeHello());
@@ -209,10 +209,10 @@ describe("limits", () => {
   });
 
   test("a low --limit-rate sends what is due when it is due (1K, and a rate that no chunk divides)", async () => {
-    using root = makeRoot({ a: randomBytes(2_500) });
+    using root = makeRoot({ a: randomBytes(6_000) });
     await using slow = await startServer(root.path, { args: ["--limit-rate", "1K"] });
-    const run = await runClient(slow.address, ["cat", "a", "--timeout", "2", "--retries", "0"]);
-    expect([run.status, run.stdout.length]).toEqual([0, 2_500]);
+    const run = await runClient(slow.address, ["cat", "a", "--timeout", "5", "--retries", "0"]);
+    expect([run.status, run.stdout.length]).toEqual([0, 6_000]);
     writeLargeFile(join(root.path, "big"), 2 << 20);
     await using odd = await startServer(root.path, { args: ["--limit-rate", "2.3M"] });
     const child = spawnClient(odd.address, ["cat", "big", "--retries", "0"]);

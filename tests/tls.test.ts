@@ -484,7 +484,7 @@ describeTls("a certificate", () => {
   test.each(wrong)("%s: status 4 and why, at once, and nothing was said", async (_, name, host, trusted, why) => {
     using fake = await listenWith(showing(pair(name)));
     const ca = (trusted ?? ["root"]).flatMap((one) => ["--ca", authority(one as "root" | "otherRoot")]);
-    const args = ["cat", "secret-name", "--retries", "1", "--timeout", "2", ...ca];
+    const args = ["cat", "secret-name", "--retries", "1", ...ca];
     const run = await runClient(`tls://${host}:${fake.port}`, args, withToken);
     expect(run).toMatchObject({ status: 4, output: "" });
     expect(run.errors).toMatch(why);
@@ -496,7 +496,7 @@ describeTls("a certificate", () => {
 
   test("that is right: then, and only then, the token is sent", async () => {
     using fake = await listenWith(showing(pair("good")), (socket) => socket.once("data", () => socket.end()));
-    const args = ["cat", "secret-name", "--ca", authority(), "--retries", "0", "--timeout", "2"];
+    const args = ["cat", "secret-name", "--ca", authority(), "--retries", "0"];
     expect((await runClient(`tls://localhost:${fake.port}`, args, withToken)).status).toBe(8);
     expect(fake.received()).toContain(SECRET);
     expect(fake.received()).toContain("secret-name");
@@ -554,7 +554,7 @@ describeTls("a certificate", () => {
 });
 
 describeTls("a peer that is no such server", () => {
-  const retried = ["ls", "--ca", authorityIfAny(), "--timeout", "0.5", "--retries", "1"];
+  const retried = ["ls", "--ca", authorityIfAny(), "--retries", "1"];
 
   test("a plain one asked with tls://: status 4 and what to do, at once, and no token went there", async () => {
     using root = makeRoot({});
@@ -596,8 +596,8 @@ describeTls("a peer that is no such server", () => {
     expect(http.received()).not.toContain(SECRET);
   });
 
-  const gone: [string, (socket: NetSocket) => void, RegExp][] = [
-    ["says nothing", () => {}, /does not answer for 0.5 s/],
+  const gone: [string, (socket: NetSocket) => void, RegExp, ...timeout: string[]][] = [
+    ["says nothing", () => {}, /does not answer for 0.5 s/, "--timeout", "0.5"],
     ["ends at once", (socket) => void socket.end(), /closed in the middle of the TLS handshake/],
     ["cuts at once", (socket) => void socket.resetAndDestroy(), /(cut|closed in the middle of the TLS handshake)/],
     [
@@ -609,11 +609,12 @@ describeTls("a peer that is no such server", () => {
       "stops in the middle of its own",
       (socket) => void socket.once("data", () => socket.write(Buffer.from("160303007a0200", "hex"))),
       /does not answer for 0.5 s/,
+      ...["--timeout", "0.5"],
     ],
   ];
-  test.each(gone)("one that %s: tried again, then status 8", async (_, behaviour, why) => {
+  test.each(gone)("one that %s: tried again, then status 8", async (_, behaviour, why, ...timeout) => {
     using fake = await listenWith(plainly, behaviour);
-    const run = await runClient(`tls://127.0.0.1:${fake.port}`, retried, withToken);
+    const run = await runClient(`tls://127.0.0.1:${fake.port}`, [...retried, ...timeout], withToken);
     expect(run).toMatchObject({ status: 8 });
     expect(run.errors).toMatch(why);
     expect(run.errors).toContain("given up after 1 retries");
@@ -621,14 +622,14 @@ describeTls("a peer that is no such server", () => {
     expect(fake.received()).not.toContain(SECRET);
   });
 
-  const after: [string, (socket: NetSocket) => void][] = [
-    ["says nothing", () => {}],
+  const after: [string, (socket: NetSocket) => void, ...timeout: string[]][] = [
+    ["says nothing", () => {}, "--timeout", "0.5"],
     ["ends", (socket) => void socket.end()],
     ["cuts", (socket) => void socket.destroy()],
   ];
-  test.each(after)("one that %s after the handshake: tried again, then status 8", async (_, behaviour) => {
+  test.each(after)("one that %s after the handshake: tried again, then status 8", async (_, behaviour, ...timeout) => {
     using fake = await listenWith(showing(pair("good")), behaviour);
-    const run = await runClient(`tls://127.0.0.1:${fake.port}`, retried);
+    const run = await runClient(`tls://127.0.0.1:${fake.port}`, [...retried, ...timeout]);
     expect(run).toMatchObject({ status: 8 });
     expect(run.errors).toMatch(/no byte for 0.5 s|closed the connection|connection was cut|connection is closed/);
     expect(fake.connections).toBe(2);
@@ -957,7 +958,7 @@ describeTls("a peer", () => {
 
   test("that is silent, or begins and stops, or sends garbage is closed, with a line each, and harms nobody", async () => {
     using root = makeRoot({ a: "1" });
-    await using server = await startServer(root.path, { args: [...pair("good").args, "--idle-timeout", "0.7"] });
+    await using server = await startServer(root.path, { args: [...pair("good").args, "--idle-timeout", "2"] });
     const workers = server.workers();
     const sockets = workers.map(socketsOf);
     const hello = await helloOfClient();
@@ -1049,7 +1050,7 @@ describeTls("a peer", () => {
   test("that reads nothing is closed by --idle-timeout, and so is one that greeted and says nothing more", async () => {
     using root = makeRoot({});
     writeLargeFile(join(root.path, "big"), 64 << 20);
-    await using server = await startServer(root.path, { args: [...pair("good").args, "--idle-timeout", "0.5"] });
+    await using server = await startServer(root.path, { args: [...pair("good").args, "--idle-timeout", "2"] });
     using _deaf = await deafReaders(server.port, 1, "big");
     const greeted = await shakeHands(server.port);
     let text = "";

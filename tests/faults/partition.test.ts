@@ -11,8 +11,8 @@ import { type Machine, makeNetwork, whyNoNetwork } from "./namespaces.ts";
 setDefaultTimeout(2 * TEST_MS);
 
 const PORT = 2121;
-/** Times what others wait: the lease, a time to join again, and all that a busy machine adds. */
-const PATIENCE = 4;
+/** Sent to one that is cut off, a client is soon to ask another. */
+const SOON = ["--timeout", "3"];
 const noNetwork = hasOpenssl ? whyNoNetwork() : "openssl is not installed";
 if (noNetwork) console.log(`skipped: the tests of a cluster that is cut apart: ${noNetwork}`);
 
@@ -21,7 +21,7 @@ interface Node {
   root: string;
   server: Server;
   client(...args: string[]): ReturnType<typeof runClient>;
-  put(name: string, content: string): ReturnType<typeof runClient>;
+  put(name: string, content: string, limits?: string[]): ReturnType<typeof runClient>;
   status(): Promise<ClusterState>;
 }
 
@@ -66,16 +66,14 @@ async function startApart(): Promise<Cluster> {
 }
 
 function nodeOf(machine: Machine, root: string, server: Server, cwd: string, env: Record<string, string>): Node {
-  // Sent to one that is cut off, it is soon to ask another.
-  const limits = ["--timeout", "3"];
   const client = (...args: string[]) =>
-    runClient(server.address, [...args, ...limits], { cwd, env, runBy: machine.runBy });
+    runClient(server.address, [...args, ...SOON], { cwd, env, runBy: machine.runBy });
   return {
     machine,
     root,
     server,
     client,
-    put: (name, content) =>
+    put: (name, content, limits = []) =>
       runClient(server.address, ["put", "-", "-t", name, ...limits], {
         cwd,
         env,
@@ -90,21 +88,16 @@ function nodeOf(machine: Machine, root: string, server: Server, cwd: string, env
 }
 
 async function live(master: Node, count: number): Promise<void> {
-  await patiently(`${count} are live`, async () => {
+  await waitFor(`${count} are live`, async () => {
     const { replicas = [] } = await master.status();
     return replicas.filter(({ state }) => state === "live").length === count;
   });
 }
 
-async function patiently(what: string, condition: () => boolean | Promise<boolean>): Promise<void> {
-  for (let times = 1; times < PATIENCE; times++) if (await waitFor(what, condition).catch(() => false)) return;
-  await waitFor(what, condition);
-}
-
 async function settled(nodes: Node[]): Promise<string[]> {
   await live(nodes[0]!, nodes.length - 1);
   const tree = () => treeOf(nodes[0]!.root);
-  await patiently("all have the same", async () => {
+  await waitFor("all have the same", async () => {
     const statuses = await Promise.all(nodes.map(({ status }) => status()));
     const isBehind = statuses.some(
       ({ problem, replicas }) => problem !== undefined || replicas.some(({ lag }) => lag > 0),
@@ -127,14 +120,14 @@ async function goesOn(
   apart(lost.machine);
   // Each is acknowledged once the other side is known to be gone.
   const answers = await Promise.all([
-    other.put(`${round}-here`, "of the master's side"),
-    lost.put(`${round}-there`, "of the one that is cut off"),
-    other.put(`${round}-both`, "of the master's side"),
-    lost.put(`${round}-both`, "of the one that is cut off"),
+    other.put(`${round}-here`, "of the master's side", SOON),
+    lost.put(`${round}-there`, "of the one that is cut off", SOON),
+    other.put(`${round}-both`, "of the master's side", SOON),
+    lost.put(`${round}-both`, "of the one that is cut off", SOON),
   ]);
   for (const answer of answers) expect(answer).toMatchObject({ status: 0 });
   await live(master, 1);
-  await patiently("the other knows, too", async () => (await lost.status()).problem !== undefined);
+  await waitFor("the other knows, too", async () => (await lost.status()).problem !== undefined);
   lost.machine.heal();
   const tree = await settled(cluster.nodes);
   const names = tree.map((line) => line.split(" ")[0]!).filter((name) => name.startsWith(round));
