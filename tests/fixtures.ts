@@ -36,6 +36,9 @@ export const HOME = join(import.meta.dir, "..");
  * be patient with a machine that is slow or busy; and short of TEST_MS, so that the test says what it waited for.
  */
 const PATIENCE_MS = 120_000;
+/** Between two looks at whether it has. */
+const LEAST_PAUSE_MS = 5;
+const MOST_PAUSE_MS = 100;
 /** For setDefaultTimeout in each file: Bun's own five seconds are for tests without processes. */
 export const TEST_MS = 400_000;
 
@@ -120,13 +123,18 @@ export async function sha256(path: string): Promise<string> {
   return hasher.digest("hex");
 }
 
-/** Returns when `condition` gives something true, and what it gives. */
+/**
+ * Returns when `condition` gives something true, and what it gives. It is asked again soon, but not so often that the
+ * asking takes the processor from what is waited for: a look at whole trees takes longer than one at a number.
+ */
 export async function waitFor<T>(what: string, condition: () => T | Promise<T>): Promise<NonNullable<T>> {
   const end = performance.now() + PATIENCE_MS;
-  while (performance.now() < end) {
+  for (let now = performance.now(); now < end; ) {
     const result = await condition();
     if (result) return result;
-    await Bun.sleep(5);
+    const took = performance.now() - now;
+    await Bun.sleep(Math.min(Math.max(LEAST_PAUSE_MS, 2 * took), MOST_PAUSE_MS));
+    now = performance.now();
   }
   throw new Error(`Never came true: ${what}`);
 }
