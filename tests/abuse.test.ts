@@ -823,7 +823,7 @@ function seeded(seed: number): (limit: number) => number {
 }
 
 const FUZZ_SEED = Number(process.env.REPRISE_FUZZ_SEED ?? 20_261_122);
-const FUZZ_FRAMES = Number(process.env.REPRISE_FUZZ_FRAMES ?? 100_000);
+const FUZZ_FRAMES = Number(process.env.REPRISE_FUZZ_FRAMES ?? 30_000);
 
 function samples(): Uint8Array[] {
   const entries = new EntriesEncoder();
@@ -986,7 +986,7 @@ describe("bounds", () => {
     ["STAT", 100_000, request({ action: "stat", path: "file" }), 1],
     ["GET", 100_000, get("file"), 3],
     ["LIST", 20_000, actions["list -r"]!(""), 2],
-    ["PUT", 50_000, whole("new", "x"), 1],
+    ["PUT", 20_000, whole("new", "x"), 1],
   ];
   test.each(floods)("row 21: %s, %d at once and nothing read, costs a worker little", async (_, count, frame, each) => {
     const { it, workers, growth } = await measured();
