@@ -495,6 +495,7 @@ class Keeper {
   }
 
   #onJoined({ ledger, secret, node }: Extract<FromMaster, { kind: "joined" }>): void {
+    this.#up!.nodes = undefined;
     this.#useLedger(ledger);
     // A log that this server had as a master would be brought back if it were one again.
     for (const file of ["", "-wal", "-shm"]) rmSync(this.#ledgerPath + file, { force: true });
@@ -519,6 +520,7 @@ class Keeper {
       const why = error.message.startsWith(`${name}: `) ? error.message.slice(name.length + 2) : error.message;
       say("warn", `${what}: ${why}; trying again`);
     }
+    this.#up!.nodes = [];
     this.#undecided.clear();
     this.#take([{ kind: "offline" }]);
     // Those below are to ask again, too.
@@ -543,6 +545,7 @@ class Keeper {
         break;
       case "alive":
         up.chain = message.chain;
+        up.nodes = message.nodes;
         up.revision = message.revision;
         if (message.chain.includes(this.#node)) throw circle();
     }
@@ -792,7 +795,8 @@ class Keeper {
       if (now - down.heardAt > LEASE_MS) this.#unlinkDown(down, new RepriseError("idle", "nothing was heard for 5 s"));
       else {
         if (down.isStuck(revision, now)) this.#leaveOut(down);
-        this.#say(down.worker, down.id, { kind: "alive", revision, chain: [...(this.#up?.chain ?? []), this.#node] });
+        const chain = [...(this.#up?.chain ?? []), this.#node];
+        this.#say(down.worker, down.id, { kind: "alive", revision, chain, nodes: this.#nodes });
       }
     }
     this.#up?.beat();
@@ -816,6 +820,13 @@ class Keeper {
     const others = [...this.#downs.values()].filter((down) => !made.includes(down));
     const up = this.#up ? [this.#up.name] : [];
     return [...made.map(({ address }) => address), ...up, ...others.map(({ address }) => address)];
+  }
+
+  /** Who is heard of, here or above; undefined where that is not known yet. */
+  get #nodes(): string[] | undefined {
+    const below = [...this.#downs.values()].flatMap(({ node, nodes }) => [node, ...nodes]);
+    const above = this.#up ? this.#up.nodes : [];
+    return above && [...new Set([this.#node, ...above, ...below])];
   }
 
   /** Only the first master can know. */
@@ -868,6 +879,7 @@ class Keeper {
       problem: this.#up && !this.#state.online ? this.#up.problem : this.#placer.problem,
       replicas: [...replicas, ...this.#gone.values()],
       secrets,
+      nodes: this.#nodes,
       holders: this.#up ? { "": this.#up.name, ...holders } : holders,
     };
   }

@@ -84,6 +84,8 @@ export interface ClusterState {
   replicas: MemberStatus[];
   /** Tokens by which members know each other; like one with the access `replica`, of the whole root. */
   secrets: string[];
+  /** The nodes that are heard of, in all of the cluster; undefined where that is not known. */
+  nodes?: string[] | undefined;
   /** Where to ask for what a member has made and is not here yet: `host:port` by the member's node; "" for all others. */
   holders: { [node: string]: string };
 }
@@ -398,22 +400,33 @@ export class Hub {
     return promise;
   }
 
-  /** Resolves when what counts of these paths is here, for a change to be made on it. Throws `busy`, `shutting_down`. */
+  /**
+   * Resolves when what counts of these paths is here, for a change to be made on it, or when that does not come because
+   * whoever made it has gone. Throws `busy`, `shutting_down`.
+   */
   async caughtUp(paths: string[]): Promise<void> {
     if (!this.isClustered) return;
     const end = performance.now() + CATCH_UP_MS;
     for (const path of withParents(paths)) {
-      while (this.targetOf(path) || this.#hasTargetsBelow(path, paths)) {
+      for (let awaited = this.#awaited(path, paths); awaited.length > 0; awaited = this.#awaited(path, paths)) {
         if (this.#isStopping) throw new RepriseError("shutting_down");
-        if (performance.now() > end)
+        const isLate = performance.now() > end;
+        if (isLate && awaited.every((target) => this.#isAway(target))) break;
+        if (isLate)
           throw new RepriseError("busy", `what others have made of ${quote(path)} is still on its way to this server`);
         await Bun.sleep(CATCH_UP_POLL_MS);
       }
     }
   }
 
-  #hasTargetsBelow(path: string, paths: string[]): boolean {
-    return paths.includes(path) && this.targetsBelow(path).size > 0;
+  #awaited(path: string, paths: string[]): Record[] {
+    const target = this.targetOf(path);
+    return [...(target ? [target] : []), ...(paths.includes(path) ? this.targetsBelow(path).values() : [])];
+  }
+
+  /** Whether nobody hears of who has made it. The master may have its content, but then it would have come by now. */
+  #isAway({ origin }: Record): boolean {
+    return this.#cluster?.nodes !== undefined && !this.#cluster.nodes.includes(origin);
   }
 
   /** [link] Begins one; `unlink` is to follow. */

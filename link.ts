@@ -67,8 +67,8 @@ export type FromMaster =
   /** Deletions up to `pruned` are forgotten. */
   | { kind: "stretch"; stretch: Stretch; pruned: number }
   | { kind: "decided"; id: number; decisions: Decision[] }
-  /** Once a second: the servers that this one has joined, itself the last. */
-  | { kind: "alive"; revision: number; chain: string[] };
+  /** Once a second: the servers that this one has joined, itself the last; the nodes that it hears of, itself too. */
+  | { kind: "alive"; revision: number; chain: string[]; nodes?: string[] | undefined };
 
 /** A change of a member's, from it to where the ledger is. */
 export interface Proposed {
@@ -152,6 +152,8 @@ export class Up {
   readonly #waiting = new Map<number, Proposed["answer"]>();
   /** The servers above. */
   chain: string[] = [];
+  /** Who is heard of there; undefined until it has said so. */
+  nodes: string[] | undefined;
   revision = 0;
   received = 0;
   problem: string | undefined = "not joined yet";
@@ -370,7 +372,10 @@ export function readFromMaster(message: Fields): FromMaster {
     (kind === "called" && isText(message.node)) ||
     (kind === "stretch" && isCount(message.pruned) && isStretch(message.stretch)) ||
     (kind === "decided" && isCount(message.id) && isList(message.decisions, isDecision)) ||
-    (kind === "alive" && isCount(message.revision) && isList(message.chain, isText));
+    (kind === "alive" &&
+      isCount(message.revision) &&
+      isList(message.chain, isText) &&
+      (message.nodes === undefined || isList(message.nodes, isText)));
   if (!isRight) throw bad(kind);
   return message as FromMaster;
 }

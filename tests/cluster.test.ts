@@ -544,6 +544,33 @@ describe("interruptions", () => {
     }
   });
 
+  test("what a member has taken with it can be written anew through any other, and both are kept", async () => {
+    await using cluster = await startCluster({ replicas: 1 });
+    // Nobody has all of the file before it goes.
+    const c = await cluster.add({}, cluster.master, ["--limit-rate", "100K"]);
+    await cluster.live();
+    const [a, b] = cluster.nodes as [Node, Node];
+    writeTree(b.root, { "d/held": "before" });
+    await reachesAll(cluster, b, "d");
+    await cluster.settled();
+    const lost = randomBytes(8 * MIB, 21);
+    writeFileSync(join(c.root, "d/held"), lost);
+    const remote = remoteOf(b);
+    await waitFor("the other knows of it", async () => (await remote.stat("d/held")).size === lost.length);
+    await killAll(c);
+    expect((await put(remote, "d/held", Buffer.from("written anew"))).size).toBe(12);
+    remote.close();
+    const args = ["--writable", "--join", cluster.address];
+    c.server = await startServer(c.root, { args, port: c.server.port });
+    await cluster.live();
+    const names = () => readdirSync(join(a.root, "d"));
+    await waitFor("both are there", () => names().length === 2);
+    await cluster.settled();
+    const hashes = await Promise.all(names().map((name) => sha256(join(a.root, "d", name))));
+    const hashOf = (content: Uint8Array) => new Bun.CryptoHasher("sha256").update(content).digest("hex");
+    expect(hashes.sort()).toEqual([Buffer.from("written anew"), lost].map(hashOf).sort());
+  });
+
   test("--server tries the next master", async () => {
     await using cluster = await startCluster({ replicas: 1, files: { file: "content" } });
     await using other = await startCluster({ replicas: 0, files: { file: "other" } });
