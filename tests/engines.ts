@@ -3,7 +3,7 @@
  * folder that goes with them. They end with the test's process, however that ends: the script sees its standard input
  * end, and the kernel kills what a script leaves.
  *
- * A start of Ceph takes several seconds: one instance serves all tests of a file, in a bucket each.
+ * A start of Ceph takes some seconds: one instance serves all tests of a file, in a bucket each.
  */
 import { createHash, createHmac } from "node:crypto";
 import { join } from "node:path";
