@@ -28,7 +28,6 @@ import { INDEX_FILE, Index } from "./index.ts";
 import {
   type Decision,
   EmbeddedLedger,
-  type Ledger,
   type Log,
   type Proposal,
   type Record,
@@ -158,7 +157,7 @@ class Keeper {
   #secret: string;
   readonly #callSecret = randomBytes(32).toString("base64url");
   /** At the first master of all. */
-  #ledger: Ledger | undefined;
+  #ledger: EmbeddedLedger | undefined;
   #up: Up | undefined;
   readonly #downs = new Map<string, Down>();
   /** Links of those who want to join and are not yet members: `worker:id`. */
@@ -367,7 +366,7 @@ class Keeper {
 
   #becomeMaster(): void {
     if (this.#ledger || this.#up) return;
-    const ledger: Ledger = new EmbeddedLedger(this.#ledgerPath);
+    const ledger = new EmbeddedLedger(this.#ledgerPath);
     this.#ledger = ledger;
     ledger.watch(() => this.#follow());
     this.#useLedger(ledger.id);
@@ -413,7 +412,7 @@ class Keeper {
     });
   }
 
-  #append(ledger: Ledger, all: Proposed[]): void {
+  #append(ledger: EmbeddedLedger, all: Proposed[]): void {
     const decided = ledger.together(() =>
       all.map(({ origin, proposals }) => ledger.append(origin, proposals).decisions),
     );
@@ -686,7 +685,7 @@ class Keeper {
   }
 
   /** A member knows more of the log than there is: an older one was put back, of which the end is missing. */
-  #renewLedger(ledger: Ledger, { address }: Down): void {
+  #renewLedger(ledger: EmbeddedLedger, { address }: Down): void {
     say("warn", `${address} knows a later log than this one, which is now another: all say anew what they have`);
     ledger.renew();
     this.#useLedger(ledger.id);

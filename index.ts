@@ -158,12 +158,16 @@ export class Index implements Entries {
     );
   }
 
-  /** The newest record of each path that is newer than `after`, in order: as far as the index goes, what a ledger says. */
+  /**
+   * The newest record of each path that is newer than `after`, in order: as far as the index goes, what a ledger says. It
+   * does not end between records of one revision: see `Log`.
+   */
   records(after: number, limit: number): Record[] {
-    const query = this.#db.query<Row, [number, number]>(
-      "SELECT * FROM entries WHERE revision > ? AND revision > 0 ORDER BY revision LIMIT ?",
-    );
-    return query.all(after, limit).map((row) => {
+    const sql = "SELECT * FROM entries WHERE revision > ?1 AND revision <= ?2 AND revision > 0 ORDER BY revision, path";
+    const last = "SELECT revision FROM entries WHERE revision > ? AND revision > 0 ORDER BY revision LIMIT 1 OFFSET ?";
+    const end = this.#db.query<{ revision: number }, [number, number]>(last).get(after, limit - 1)?.revision;
+    const rows = this.#db.query<Row, [number, number]>(sql).all(after, end ?? Number.MAX_SAFE_INTEGER);
+    return rows.map((row) => {
       const { path, base, known, target } = entryOf(row);
       return target ?? { path, revision: base, ...known, origin: "", over: "" };
     });

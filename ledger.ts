@@ -4,6 +4,7 @@
  * Each record says what a path is to be from its revision on; only the newest of a path is kept. A change is proposed with
  * the revision that it was based on, and `decide` says what becomes of it. `EmbeddedLedger` keeps the log in SQLite at the
  * master; a member sees its master's through the link between them (cluster.ts), and hands it on to members of its own.
+ * `EtcdLedger` of etcdledger.ts keeps it in etcd, where every member reads it and none is the master.
  */
 import { Database, type Statement } from "bun:sqlite";
 import { randomUUID } from "node:crypto";
@@ -57,37 +58,57 @@ export interface Stretch {
   snapshot?: "part" | "complete";
 }
 
+/** What one engine has at hand and another must wait for. */
+export type MaybePromise<T> = T | Promise<T>;
+
 /** What stretches are read from: the ledger, or what a member knows of it. */
 export interface Log {
   readonly revision: number;
   /** Deletions up to here are not in it any more. */
   readonly pruned: number;
-  /** Newer than a revision, in order. */
+  /**
+   * Newer than a revision, in order: so many of them, or more, since it never ends between records of one revision. etcd
+   * gives one to all that a transaction holds.
+   */
   records(after: number, limit: number): Record[];
 }
 
-/** Where the log is kept, and who follows it. All of it is on disk on return, or an error is thrown. */
-export interface Ledger extends Log {
+/** What became of proposals, and the records that were made of them. */
+export interface Appended {
+  decisions: Decision[];
+  records: Record[];
+}
+
+/** Where the log is kept, and who follows it. All of it is on disk when it returns or resolves, or an error is thrown. */
+export interface Ledger {
   /** Names this log: revisions of another mean nothing. */
   readonly id: string;
+  /** Of the newest record, as far as this one has heard. */
+  readonly revision: number;
+  /** As of a `Log`. */
+  readonly pruned: number;
   /** Begins anew, empty and under another name, since it is not the one that members know. */
-  renew(): void;
+  renew(): MaybePromise<void>;
   /** Decides proposals in order, each by compare and set: see `decide`. */
-  append(origin: string, proposals: Proposal[]): { decisions: Decision[]; records: Record[] };
-  /** Several of these as one. */
-  together<T>(work: () => T): T;
+  append(origin: string, proposals: Proposal[]): MaybePromise<Appended>;
+  newest(path: string): MaybePromise<Record | undefined>;
+  /** As of a `Log`. */
+  records(after: number, limit: number): MaybePromise<Record[]>;
   /** What is newer than a revision, or a snapshot, a piece at a time: see `stretchOf`. */
-  read(after: number, limit: number, isWithinSnapshot?: boolean): Stretch;
+  read(after: number, limit: number, isWithinSnapshot?: boolean): MaybePromise<Stretch>;
   /** Calls back whenever there is something newer. */
-  watch(onNews: () => void): void;
+  watch(onNews: () => void): MaybePromise<void>;
   /** Everyone who has ever joined and was not forgotten. `seen`: when it was last there, in ms since 1970. */
-  members(): (Member & { seen: number })[];
+  members(): MaybePromise<(Member & { seen: number })[]>;
   /** A member is there, and has come so far. */
-  join(member: Member, now?: number): void;
+  join(member: Member, now?: number): MaybePromise<void>;
   /** Forgets members that have not been seen for a month, and the deletions that all others, and this one, have. */
-  prune(own: number, now?: number): void;
-  close(): void;
+  prune(own: number, now?: number): MaybePromise<void>;
+  close(): MaybePromise<void>;
 }
+
+/** A deletion is forgotten once all members have it; one that has not been seen for so long is waited for no more. */
+export const FORGET_MEMBER_MS = 30 * 24 * 3600 * 1000;
 
 export const GONE: Version = { kind: "gone", size: 0, mtime: 0, sha256: "" };
 export const FOLDER: Version = { kind: "folder", size: 0, mtime: 0, sha256: "" };
@@ -126,13 +147,25 @@ export function recordOf(proposal: Proposal, revision: number, origin: string, c
  * then are forgotten. The further parts of one are read with `isWithinSnapshot`.
  */
 export function stretchOf(log: Log, after: number, limit: number, isWithinSnapshot = false): Stretch {
-  const isSnapshot = isWithinSnapshot || after < log.pruned;
-  const start = isSnapshot && !isWithinSnapshot ? 0 : after;
-  const records = log.records(start, limit);
+  const start = startOf(log.pruned, after, isWithinSnapshot);
+  return stretchWith({ ...start, limit, records: log.records(start.after, limit), revision: log.revision });
+}
+
+/** Where what is newer than `after` is read from. */
+export function startOf(pruned: number, after: number, isWithinSnapshot: boolean) {
+  const isSnapshot = isWithinSnapshot || after < pruned;
+  return { after: isSnapshot && !isWithinSnapshot ? 0 : after, isSnapshot };
+}
+
+/** Of the records that were read from there; `revision` is the ledger's. */
+export function stretchWith(
+  read: { limit: number; isSnapshot: boolean } & Pick<Stretch, "after" | "revision" | "records">,
+): Stretch {
+  const { after, records, limit, isSnapshot } = read;
   const isAll = records.length < limit;
-  const revision = isAll ? log.revision : records.at(-1)!.revision;
+  const revision = isAll ? read.revision : records.at(-1)!.revision;
   if (!isSnapshot) return { after, revision, records };
-  return { after: start, revision, records, snapshot: isAll ? "complete" : "part" };
+  return { after, revision, records, snapshot: isAll ? "complete" : "part" };
 }
 
 // ---------------------------------------------------------------------------------------------------- SQLite
@@ -144,11 +177,9 @@ const SCHEMA = `
   CREATE TABLE IF NOT EXISTS members (
     node TEXT PRIMARY KEY, address TEXT NOT NULL, revision INTEGER NOT NULL, seen INTEGER NOT NULL) WITHOUT ROWID;
   CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID`;
-/** A deletion is forgotten once all members have it; one that has not been seen for so long is waited for no more. */
-const FORGET_MEMBER_MS = 30 * 24 * 3600 * 1000;
 
 /** In SQLite, synced with each append. */
-export class EmbeddedLedger implements Ledger {
+export class EmbeddedLedger implements Ledger, Log {
   id: string;
   readonly #db: Database;
   readonly #newest: Statement<Record, [string]>;
@@ -192,7 +223,7 @@ export class EmbeddedLedger implements Ledger {
     this.#watchers.push(onNews);
   }
 
-  append(origin: string, proposals: Proposal[]): { decisions: Decision[]; records: Record[] } {
+  append(origin: string, proposals: Proposal[]): Appended {
     const before = this.#revision;
     const records: Record[] = [];
     try {
@@ -233,6 +264,7 @@ export class EmbeddedLedger implements Ledger {
     return this.#since.all(after, limit);
   }
 
+  /** Several appends as one. */
   together<T>(work: () => T): T {
     const before = this.#revision;
     this.#isTogether = true;
