@@ -1,0 +1,1022 @@
+/**
+ * The ledger in etcd, where every member of a cluster reads it and none is the master.
+ *
+ * Beneath `/reprise/NAME/`:
+ *
+ *     ledger         {version, id, store}; written once, and again when the log begins anew
+ *     secret         by which members know each other
+ *     records/PATH   the newest record of a path; its revision is the key's `mod_revision`
+ *     gone/PATH      written along with the record of a deletion: what is to be forgotten some day
+ *     pruned         deletions up to here are forgotten
+ *     members/NODE   what a member says of itself each second, under a lease: it goes with the member
+ *     seen/NODE      who was there, when, and how far it had come
+ *
+ * A change is a transaction that compares the revision of each path it is based on, and the ledger's. It may have been
+ * carried out though no answer came: proposed again, it is found to be the same. All of the keys are followed by one watch,
+ * and since each member beats, silence means that it is dead. Where the watch cannot begin since etcd has forgotten the
+ * history, or where there is too much of it, all records are read, as a snapshot.
+ */
+import { randomBytes, randomUUID } from "node:crypto";
+import { sleep } from "./connection.ts";
+import {
+  decodedText,
+  type Etcd,
+  encoded,
+  endOf,
+  get,
+  getAll,
+  type KeyValue,
+  type Operation,
+  put,
+  type RangeAnswer,
+  remove,
+  removeAll,
+  type TxnAnswer,
+  unchanged,
+  unreachable,
+  type Watched,
+} from "./etcd.ts";
+import {
+  type Appended,
+  type Decision,
+  decide,
+  FORGET_MEMBER_MS,
+  type Ledger,
+  type Member,
+  type Proposal,
+  type Record,
+  recordOf,
+  type Stretch,
+  startOf,
+  stretchWith,
+} from "./ledger.ts";
+import { quote, RepriseError, splitPath } from "./protocol.ts";
+import { isHidden } from "./storage.ts";
+
+const VERSION = 1;
+/** Who has not been heard for so long has gone. */
+const LEASE_MS = 5_000;
+/** A watch on which nothing came for so long is begun again elsewhere: a beat or two may be late. */
+const SILENCE_MS = 3_000;
+const CHECK_MS = 250;
+const SEEN_MS = 60_000;
+/** Operations of one transaction; etcd takes 128. */
+const MAX_OPERATIONS = 100;
+/** Of the paths in one, counted as link.ts counts what it sends on: one revision must fit a frame. */
+const MAX_CHARACTERS = 150_000;
+/** Records in one answer, which may have 4 MiB. */
+const PIECE = 500;
+/** Revisions that are followed one by one before all records are read instead. */
+const MAX_REPLAYED = 50_000;
+/** A change that is overtaken each time; each time somebody else's has got through. */
+const MAX_TRIES = 100;
+const FIRST_PAUSE_MS = 50;
+const LAST_PAUSE_MS = 1_000;
+
+/** What a member says of itself. */
+export interface LiveMember {
+  address: string;
+  /** It knows the log up to here. */
+  known: number;
+  /** And its tree has it. */
+  revision: number;
+  /** Clients may be sent there. */
+  live: boolean;
+  problem?: string | undefined;
+}
+
+/** What the log and the members have become, in the order in which it happened. */
+export interface Following {
+  onStretch(stretch: Stretch): void;
+  onMembers(members: Map<string, LiveMember>): void;
+  /** All that the log held when the watch was begun has been given: once for each time. */
+  onCurrent(revision: number): void;
+  /** Neither what others do nor that this one is there gets through any more. */
+  onLost(error: RepriseError): void;
+  onBack(): void;
+  /** The log is another; nothing more comes until it is followed from 0 on. */
+  onRenewed(id: string): void;
+}
+
+interface EtcdLedgerOptions {
+  /** What the members keep, as all of them must. */
+  store: string;
+  warn?: (text: string) => void;
+}
+
+/** What is kept of a path. */
+interface Held {
+  /** 0: nothing. */
+  revision: number;
+  /** Undefined too where what is there is no record. */
+  record: Record | undefined;
+}
+
+const NOTHING: Held = { revision: 0, record: undefined };
+
+export class EtcdLedger implements Ledger {
+  readonly #etcd: Etcd;
+  readonly #store: string;
+  readonly #warn: (text: string) => void;
+  readonly #keys: Keys;
+  readonly #watchers: (() => void)[] = [];
+  #id = "";
+  #secret = "";
+  /** Of the key `ledger`: a change of another log must not get into this one. */
+  #ledgerRevision = 0;
+  #revision = 0;
+  #pruned = 0;
+  #hasWarned = false;
+  #follower: Follower | undefined;
+  readonly #beats: Beats;
+
+  constructor(etcd: Etcd, { store, warn = () => {} }: EtcdLedgerOptions) {
+    this.#etcd = etcd;
+    this.#store = store;
+    this.#warn = warn;
+    this.#keys = new Keys(etcd.name);
+    this.#beats = new Beats(etcd, this.#keys, () => this.#id);
+  }
+
+  get id(): string {
+    return this.#id;
+  }
+
+  get secret(): string {
+    return this.#secret;
+  }
+
+  get revision(): number {
+    return this.#revision;
+  }
+
+  get pruned(): number {
+    return this.#pruned;
+  }
+
+  /** Makes the cluster where there is none. Throws `version`, `refused` where it keeps something else, and as `Etcd`. */
+  async open(): Promise<void> {
+    const { ledger, secret, pruned } = this.#keys;
+    const made = JSON.stringify({ version: VERSION, id: randomUUID(), store: this.#store });
+    const read = [get(ledger), get(secret), get(pruned)];
+    const { responses } = await this.#etcd.txn({
+      compare: [unchanged(ledger, 0)],
+      success: [put(ledger, made), put(secret, randomBytes(32).toString("base64url")), ...read],
+      failure: read,
+    });
+    const [facts, word, upTo] = responses!.slice(-3).map(({ response_range }) => response_range?.kvs?.[0]);
+    this.#use(facts!);
+    this.#secret = word ? textOf(word) : await this.#makeSecret();
+    this.#pruned = upTo ? Number(textOf(upTo)) : 0;
+  }
+
+  /** Somebody has removed it. */
+  async #makeSecret(): Promise<string> {
+    const { secret } = this.#keys;
+    const made = put(secret, randomBytes(32).toString("base64url"));
+    const { responses } = await this.#etcd.txn({
+      compare: [unchanged(secret, 0)],
+      success: [made, get(secret)],
+      failure: [get(secret)],
+    });
+    return textOf(responses!.at(-1)!.response_range!.kvs![0]!);
+  }
+
+  #use(ledger: KeyValue): void {
+    const { version, id, store } = objectIn(ledger) ?? {};
+    const where = `the cluster ${quote(this.#etcd.name)} in etcd`;
+    if (version !== VERSION)
+      throw new RepriseError("version", `${where} is of version ${quote(String(version))}; here it is ${VERSION}`);
+    if (store !== this.#store || typeof id !== "string")
+      throw new RepriseError("refused", `${where} keeps ${quote(String(store))}, not ${quote(this.#store)}`);
+    if (id !== this.#id) this.#revision = this.#pruned = 0;
+    this.#id = id;
+    this.#ledgerRevision = Number(ledger.mod_revision);
+  }
+
+  async renew(): Promise<void> {
+    const { ledger, records, gone, seen, pruned } = this.#keys;
+    const made = JSON.stringify({ version: VERSION, id: randomUUID(), store: this.#store });
+    const { responses } = await this.#etcd.txn({
+      compare: [unchanged(ledger, this.#ledgerRevision)],
+      // Those who were seen are known by revisions of the log that ends here.
+      success: [...[records, gone, seen].map(removeAll), remove(pruned), put(ledger, made), get(ledger)],
+      failure: [get(ledger)],
+    });
+    const [now] = responses!.at(-1)!.response_range?.kvs ?? [];
+    if (now) this.#use(now);
+    else await this.open();
+  }
+
+  // ------------------------------------------------------------------------------------------------ changes
+
+  async append(origin: string, proposals: Proposal[]): Promise<Appended> {
+    const decisions: Decision[] = [];
+    const records: Record[] = [];
+    for (const batch of batchesOf(proposals)) {
+      const appended = await this.#appendBatch(origin, batch);
+      decisions.push(...appended.decisions);
+      records.push(...appended.records);
+    }
+    if (records.length > 0) this.#hear(records.at(-1)!.revision);
+    return { decisions, records };
+  }
+
+  /** What is proposed as new is not looked for before: if something is there, the transaction says so. */
+  async #appendBatch(origin: string, batch: Proposal[]): Promise<Appended> {
+    const held = await this.#held(batch.filter((proposal) => !isNew(proposal)).map(({ path }) => path));
+    const decisions = new Map<string, Decision>();
+    for (let tries = 0; tries < MAX_TRIES; tries++) {
+      const taken: Proposal[] = [];
+      for (const proposal of batch) {
+        if (decisions.has(proposal.path)) continue;
+        const decision = decide(held.get(proposal.path)?.record, proposal);
+        if (decision) decisions.set(proposal.path, decision);
+        else taken.push(proposal);
+      }
+      const records = taken.length > 0 ? await this.#take(origin, taken, held) : [];
+      if (!records) continue;
+      for (const { path, revision } of records) decisions.set(path, { revision });
+      return { decisions: batch.map(({ path }) => decisions.get(path)!), records };
+    }
+    throw new RepriseError("busy", "others change the same names all the time");
+  }
+
+  /** Undefined where something has changed since `held` was read, which then has that. */
+  async #take(origin: string, taken: Proposal[], held: Map<string, Held>): Promise<Record[] | undefined> {
+    const { ledger, recordOf: keyOf } = this.#keys;
+    const records = taken.map((proposal) => recordOf(proposal, 0, origin, held.get(proposal.path)?.record));
+    const { succeeded, header, responses } = await this.#etcd.txn({
+      compare: [
+        unchanged(ledger, this.#ledgerRevision),
+        ...taken.map(({ path }) => unchanged(keyOf(path), held.get(path)?.revision ?? 0)),
+      ],
+      success: records.flatMap((record, at) => this.#puts(record, at)),
+      failure: [...taken.map(({ path }) => get(keyOf(path))), get(ledger)],
+    });
+    const revision = Number(header.revision);
+    if (succeeded) return records.map((record) => ({ ...record, revision }));
+    const [log] = responses!.at(-1)!.response_range?.kvs ?? [];
+    if (Number(log?.mod_revision) !== this.#ledgerRevision)
+      throw new RepriseError("busy", "the log of the cluster has begun anew");
+    for (const [at, { path }] of taken.entries()) held.set(path, this.#heldIn(responses![at]!.response_range));
+    return undefined;
+  }
+
+  #puts({ path, revision: _, ...record }: Record, at: number): Operation[] {
+    // `at`: the order within one revision.
+    const puts = [put(this.#keys.recordOf(path), JSON.stringify({ ...record, at }))];
+    if (record.kind === "gone") puts.push(put(this.#keys.goneOf(path), ""));
+    return puts;
+  }
+
+  async #held(paths: string[]): Promise<Map<string, Held>> {
+    if (paths.length === 0) return new Map();
+    const { responses } = await this.#etcd.txn({ success: paths.map((path) => get(this.#keys.recordOf(path))) });
+    return new Map(paths.map((path, at) => [path, this.#heldIn(responses![at]!.response_range)]));
+  }
+
+  #heldIn(answer: RangeAnswer | undefined): Held {
+    const found = answer?.kvs?.[0];
+    return found ? { revision: Number(found.mod_revision), record: this.#recordIn(found)?.record } : NOTHING;
+  }
+
+  async newest(path: string): Promise<Record | undefined> {
+    return (await this.#held([path])).get(path)?.record;
+  }
+
+  // ------------------------------------------------------------------------------------------------ reading
+
+  async records(after: number, limit: number): Promise<Record[]> {
+    return (await this.#newer(after, limit)).records;
+  }
+
+  async read(after: number, limit: number, isWithinSnapshot = false): Promise<Stretch> {
+    const [pruned] = (await this.#etcd.range({ key: encoded(this.#keys.pruned) })).kvs ?? [];
+    this.#pruned = pruned ? Number(textOf(pruned)) : 0;
+    const start = startOf(this.#pruned, after, isWithinSnapshot);
+    const { records, isAll } = await this.#newer(start.after, limit);
+    const last = records.at(-1)?.revision ?? 0;
+    const revision = isAll ? Math.max(last, start.after, this.#pruned) : last;
+    return stretchWith({ ...start, limit: isAll ? records.length + 1 : limit, records, revision });
+  }
+
+  /** In the order of their revisions, which etcd makes by looking at all there are: for a few, or a small log. */
+  async #newer(after: number, limit: number): Promise<{ records: Record[]; isAll: boolean }> {
+    const records: Record[] = [];
+    for (let start = after; ; ) {
+      const least = Math.min(limit - records.length, PIECE);
+      const { kvs = [], more = false } = await this.#sorted(start, { limit: String(least) });
+      const last = Number(kvs.at(-1)?.mod_revision ?? 0);
+      // The rest of the last revision may be missing.
+      const rest = more ? ((await this.#sorted(last - 1, { max_mod_revision: String(last) })).kvs ?? []) : [];
+      const whole = more ? kvs.filter(({ mod_revision }) => Number(mod_revision) < last) : kvs;
+      records.push(...this.#recordsIn([...whole, ...rest]));
+      start = last;
+      if (last > 0) this.#hear(last);
+      if (!more) return { records, isAll: true };
+      if (records.length >= limit) return { records, isAll: false };
+    }
+  }
+
+  #sorted(after: number, more: { limit?: string; max_mod_revision?: string }): Promise<RangeAnswer> {
+    const { records } = this.#keys;
+    return this.#etcd.range({
+      key: encoded(records),
+      range_end: endOf(records),
+      min_mod_revision: String(after + 1),
+      sort_order: "ASCEND",
+      sort_target: "MOD",
+      ...more,
+    });
+  }
+
+  #recordsIn(kvs: KeyValue[]): Record[] {
+    return inOrder(kvs.flatMap((kv) => this.#recordIn(kv) ?? []));
+  }
+
+  /** Undefined for what others have put there. */
+  #recordIn(kv: KeyValue): Placed | undefined {
+    const placed = placedOf(this.#keys, kv);
+    if (!placed && !this.#hasWarned) {
+      this.#hasWarned = true;
+      const key = Buffer.from(kv.key, "base64").toString();
+      this.#warn(`in etcd ${quote(key)} is no record of a path; it and others like it are left out`);
+    }
+    return placed;
+  }
+
+  /** There is a record of that revision. */
+  #hear(revision: number): void {
+    if (revision <= this.#revision) return;
+    this.#revision = revision;
+    for (const onNews of this.#watchers) onNews();
+  }
+
+  async watch(onNews: () => void): Promise<void> {
+    this.#watchers.push(onNews);
+    if (this.#follower) return;
+    const ignore = () => {};
+    this.follow(Math.max(this.#revision, 1), {
+      onStretch: ignore,
+      onMembers: ignore,
+      onCurrent: ignore,
+      onLost: ignore,
+      onBack: ignore,
+      onRenewed: ignore,
+    });
+  }
+
+  /**
+   * Gives what is newer than `after`, and whatever comes, until `unfollow`. `last`: the newest record that is known from
+   * before. If etcd does not have it, it was put back from a backup, and the log begins anew.
+   */
+  follow(after: number, following: Following, last?: Pick<Record, "path" | "revision">): void {
+    this.unfollow();
+    this.#follower = new Follower({
+      etcd: this.#etcd,
+      keys: this.#keys,
+      following,
+      after,
+      last,
+      id: this.#id,
+      beats: this.#beats,
+      read: (kvs) => this.#recordsIn(kvs),
+      hear: (revision) => this.#hear(revision),
+      setPruned: (pruned) => {
+        this.#pruned = pruned;
+      },
+      reopen: async () => {
+        await this.open();
+        return this.#id;
+      },
+      renew: async () => {
+        this.#warn("etcd does not have the end of the log any more, which is now another: all say anew what they have");
+        await this.renew();
+        return this.#id;
+      },
+    });
+    void this.#follower.run();
+  }
+
+  unfollow(): void {
+    this.#follower?.stop();
+    this.#follower = undefined;
+  }
+
+  // ------------------------------------------------------------------------------------------------ members
+
+  /**
+   * This member is there: to be said each second. Throws `refused` where another that is running has its name, which passes
+   * within five seconds if that was itself at another address, and as `Etcd`.
+   */
+  beat(member: LiveMember & { node: string }): Promise<void> {
+    return this.#beats.beat(member);
+  }
+
+  /** It ends: the others need not wait until its lease does. */
+  leave(): Promise<void> {
+    return this.#beats.leave();
+  }
+
+  async members(): Promise<(Member & { seen: number })[]> {
+    const answer = await this.#etcd.range({ key: encoded(this.#keys.seen), range_end: endOf(this.#keys.seen) });
+    const members = (answer.kvs ?? []).flatMap((kv) => this.#seenIn(kv) ?? []);
+    return members.sort((a, b) => (a.address < b.address ? -1 : 1));
+  }
+
+  #seenIn(kv: KeyValue): (Member & { seen: number }) | undefined {
+    const said = objectIn(kv);
+    const node = keyIn(kv)?.slice(this.#keys.seen.length);
+    if (!node || typeof said?.address !== "string" || !isCount(said.revision) || !isCount(said.seen)) return undefined;
+    return { node, address: said.address, revision: said.revision, seen: said.seen };
+  }
+
+  async join(member: Member, now = Date.now()): Promise<void> {
+    await this.#etcd.txn({ success: [seenPut(this.#keys, member, now)] });
+  }
+
+  async prune(own: number, now = Date.now()): Promise<void> {
+    const members = await this.members();
+    const forgotten = members.filter(({ seen }) => seen < now - FORGET_MEMBER_MS);
+    for (const { node } of forgotten) await this.#etcd.txn({ success: [remove(this.#keys.seenOf(node))] });
+    const left = members.filter((member) => !forgotten.includes(member));
+    const passed = Math.min(own, ...left.map(({ revision }) => revision));
+    await this.#pruneUpTo(passed);
+  }
+
+  async #pruneUpTo(passed: number): Promise<void> {
+    for (let key = this.#keys.gone; ; ) {
+      const { kvs = [], more } = await this.#etcd.range({
+        key: encoded(key),
+        range_end: endOf(this.#keys.gone),
+        limit: String(PIECE),
+        keys_only: true,
+      });
+      const old = kvs.filter(({ mod_revision }) => Number(mod_revision) <= passed);
+      const paths = old.map((kv) => keyIn(kv)!.slice(this.#keys.gone.length));
+      for (let at = 0; at < paths.length; at += MAX_OPERATIONS / 4)
+        await this.#forget(paths.slice(at, at + MAX_OPERATIONS / 4), passed);
+      if (!more) return;
+      key = `${keyIn(kvs.at(-1)!)}\0`;
+    }
+  }
+
+  /** What was changed again since is no deletion any more. */
+  async #forget(paths: string[], passed: number): Promise<void> {
+    const { ledger, pruned, goneOf, recordOf } = this.#keys;
+    for (let tries = 0; tries < MAX_TRIES; tries++) {
+      const read = await this.#etcd.txn({
+        success: [get(pruned), ...paths.flatMap((p) => [get(goneOf(p)), get(recordOf(p))])],
+      });
+      const [upTo, ...found] = read.responses!.map(({ response_range }) => response_range?.kvs?.[0]);
+      const compare = [unchanged(ledger, this.#ledgerRevision), unchanged(pruned, revisionOf(upTo))];
+      const success = [put(pruned, String(Math.max(passed, upTo ? Number(textOf(upTo)) : 0)))];
+      for (const [at, path] of paths.entries()) {
+        const [marker, record] = [revisionOf(found[2 * at]), revisionOf(found[2 * at + 1])];
+        if (marker === 0 || marker > passed) continue;
+        compare.push(unchanged(goneOf(path), marker), unchanged(recordOf(path), record));
+        success.push(remove(goneOf(path)));
+        if (record === marker) success.push(remove(recordOf(path)));
+      }
+      if (success.length === 1) return;
+      const { succeeded } = await this.#etcd.txn({ compare, success });
+      if (!succeeded) continue;
+      this.#pruned = Math.max(this.#pruned, passed);
+      return;
+    }
+  }
+
+  close(): void {
+    this.unfollow();
+    this.#etcd.close();
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- beats
+
+/** That this member is there, told each second. */
+class Beats {
+  readonly #etcd: Etcd;
+  readonly #keys: Keys;
+  readonly #id: () => string;
+  /** Tells this process from another with the same name. */
+  readonly #session = randomUUID();
+  #lease: string | undefined;
+  /** Of the member's key. */
+  #revision = 0;
+  #seenAt = Number.NEGATIVE_INFINITY;
+  #next: (LiveMember & { node: string }) | undefined;
+  #running: Promise<void> | undefined;
+  /** When the lease was last asked for that was then given; undefined before the first. */
+  leasedAt: number | undefined;
+
+  constructor(etcd: Etcd, keys: Keys, id: () => string) {
+    this.#etcd = etcd;
+    this.#keys = keys;
+    this.#id = id;
+  }
+
+  /** One at a time; what is said meanwhile is said next, once. */
+  beat(member: LiveMember & { node: string }): Promise<void> {
+    this.#next = member;
+    this.#running ??= this.#run().finally(() => {
+      this.#running = undefined;
+    });
+    return this.#running;
+  }
+
+  async #run(): Promise<void> {
+    while (this.#next) {
+      const member = this.#next;
+      this.#next = undefined;
+      await this.#say(member);
+    }
+  }
+
+  async #say(member: LiveMember & { node: string }): Promise<void> {
+    for (let tries = 0; tries < MAX_TRIES; tries++) {
+      const asked = performance.now();
+      const isLeased = this.#lease !== undefined;
+      this.#lease ??= await this.#etcd.grant(LEASE_MS / 1000);
+      try {
+        const lease = this.#lease;
+        const [isKept, isSaid] = await Promise.all([
+          !isLeased || this.#etcd.keepAlive(lease),
+          this.#put(member, lease),
+        ]);
+        if (isKept) this.leasedAt = asked;
+        else this.#lease = undefined;
+        if (isKept && isSaid) return;
+      } catch (error) {
+        // It has ended between the two.
+        if (!(error instanceof RepriseError && error.code === "not_found")) throw error;
+        this.#lease = undefined;
+      }
+    }
+    throw new RepriseError("busy", "the lease of this member ends again and again");
+  }
+
+  /** False where the key was not as this one had left it: then it is known how it is. */
+  async #put({ node, ...member }: LiveMember & { node: string }, lease: string): Promise<boolean> {
+    const key = this.#keys.memberOf(node);
+    const value = JSON.stringify({ ...member, ledger: this.#id(), session: this.#session });
+    const now = performance.now();
+    const isDue = now - this.#seenAt >= SEEN_MS;
+    const seen = isDue ? [seenPut(this.#keys, { node, ...member }, Date.now())] : [];
+    const { succeeded, header, responses } = await this.#etcd.txn({
+      compare: [unchanged(key, this.#revision)],
+      success: [put(key, value, lease), ...seen],
+      failure: [get(key)],
+    });
+    if (succeeded) {
+      this.#revision = Number(header.revision);
+      if (isDue) this.#seenAt = now;
+      return true;
+    }
+    const [found] = responses![0]!.response_range?.kvs ?? [];
+    this.#checkMine(found, member.address);
+    this.#revision = revisionOf(found);
+    return false;
+  }
+
+  /** One that was killed and started again at the same address takes its own place. */
+  #checkMine(found: KeyValue | undefined, address: string): void {
+    const said = found && objectIn(found);
+    if (!said || said.session === this.#session || said.address === address) return;
+    const what = `the member ${quote(String(said.address))} has the same name`;
+    throw new RepriseError("refused", `refused: ${what}; if the root was copied from there, remove the .reprise in it`);
+  }
+
+  async leave(): Promise<void> {
+    await this.#running?.catch(() => {});
+    const lease = this.#lease;
+    this.#lease = undefined;
+    this.leasedAt = undefined;
+    if (lease === undefined) return;
+    await this.#etcd.revoke(lease).catch((error) => {
+      if (!(error instanceof RepriseError && error.code === "not_found")) throw error;
+    });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- following
+
+interface FollowerOptions {
+  etcd: Etcd;
+  keys: Keys;
+  following: Following;
+  after: number;
+  last: Pick<Record, "path" | "revision"> | undefined;
+  id: string;
+  beats: Beats;
+  read: (kvs: KeyValue[]) => Record[];
+  hear: (revision: number) => void;
+  setPruned: (pruned: number) => void;
+  /** Make the log that somebody has removed; return its id. */
+  reopen: () => Promise<string>;
+  renew: () => Promise<string>;
+}
+
+/** One watch of all keys, begun again whenever it ends. */
+class Follower {
+  readonly #options: FollowerOptions;
+  readonly #stopped = new AbortController();
+  /** Of the watch, or of what comes before it. */
+  #attempt = new AbortController();
+  /** The end of the last stretch. */
+  #cursor: number;
+  /** Of etcd: all that came up to here has been given. */
+  #position: number;
+  #last: Pick<Record, "path" | "revision"> | undefined;
+  #needsSnapshot: boolean;
+  #members = new Map<string, LiveMember>();
+  #shownMembers = "";
+  /** Of a revision whose end has not come yet. */
+  #held: KeyValue[] = [];
+  #heardAt = performance.now();
+  #endpoint = 0;
+  /** Linearizable reads are answered, and the watch is begun. */
+  #hasBegun = false;
+  #isCurrent = false;
+  #isLost = false;
+  #problem: RepriseError | undefined;
+
+  constructor(options: FollowerOptions) {
+    this.#options = options;
+    this.#cursor = options.after;
+    this.#position = options.after;
+    this.#last = options.last;
+    this.#needsSnapshot = options.after === 0;
+  }
+
+  stop(): void {
+    const error = new RepriseError("interrupted");
+    this.#stopped.abort(error);
+    this.#attempt.abort(error);
+  }
+
+  async run(): Promise<void> {
+    const timer = setInterval(() => this.#check(), CHECK_MS);
+    const failures = new Map<string, RepriseError>();
+    try {
+      for (let round = 0; !this.#isStopped; ) {
+        const endpoint = this.#options.etcd.endpoints[this.#endpoint]!;
+        const error = await this.#try(endpoint);
+        if (this.#isStopped) return;
+        if (this.#hasBegun) {
+          failures.clear();
+          round = 0;
+        }
+        failures.set(endpoint, error);
+        this.#endpoint = (this.#endpoint + 1) % this.#options.etcd.endpoints.length;
+        let ms = FIRST_PAUSE_MS;
+        if (failures.size === this.#options.etcd.endpoints.length) {
+          this.#problem = unreachable(failures);
+          if (!this.#hasBegun) this.#lose(this.#problem);
+          failures.clear();
+          ms = Math.min(LAST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** round++);
+        }
+        await sleep(ms * (0.75 + Math.random() / 2), this.#stopped.signal).catch(() => {});
+      }
+    } finally {
+      clearInterval(timer);
+    }
+  }
+
+  async #try(endpoint: string): Promise<RepriseError> {
+    this.#attempt = new AbortController();
+    this.#hasBegun = false;
+    try {
+      return await this.#follow(endpoint, this.#attempt.signal);
+    } catch (error) {
+      if (this.#isStopped) return new RepriseError("interrupted");
+      if (!(error instanceof RepriseError)) throw error;
+      return error;
+    }
+  }
+
+  get #isStopped(): boolean {
+    return this.#stopped.signal.aborted;
+  }
+
+  /** Ends a watch that has gone silent, and says so when it stays so. */
+  #check(): void {
+    const now = performance.now();
+    const { leasedAt } = this.#options.beats;
+    const silent = new RepriseError("busy", `nothing was heard for ${SILENCE_MS / 1000} s`);
+    if (this.#hasBegun && now - this.#heardAt > SILENCE_MS) this.#attempt.abort(silent);
+    const isHeard = now - this.#heardAt <= LEASE_MS;
+    const isLeased = leasedAt === undefined || now - leasedAt <= LEASE_MS;
+    if (!isHeard || !isLeased) this.#lose(this.#problem ?? silent);
+    else if (this.#hasBegun) this.#return();
+  }
+
+  #lose(error: RepriseError): void {
+    if (this.#isLost || this.#isStopped) return;
+    this.#isLost = true;
+    this.#options.following.onLost(error);
+  }
+
+  #return(): void {
+    if (!this.#isLost || this.#isStopped) return;
+    this.#isLost = false;
+    this.#options.following.onBack();
+  }
+
+  #renewed(id: string): void {
+    if (this.#isStopped) return;
+    this.stop();
+    this.#options.following.onRenewed(id);
+  }
+
+  async #follow(endpoint: string, signal: AbortSignal): Promise<RepriseError> {
+    const { etcd, keys } = this.#options;
+    const upTo = await this.#begin(endpoint, signal);
+    if (upTo === undefined) return new RepriseError("interrupted");
+    this.#heardAt = performance.now();
+    this.#hasBegun = true;
+    this.#problem = undefined;
+    this.#check();
+    if (this.#needsSnapshot || upTo - this.#position > MAX_REPLAYED) await this.#readAll(endpoint, upTo, signal);
+    this.#isCurrent = false;
+    this.#tellCurrent(upTo);
+    this.#held = [];
+    const create = {
+      key: encoded(keys.all),
+      range_end: endOf(keys.all),
+      start_revision: String(this.#position + 1),
+      fragment: true,
+      progress_notify: true,
+    };
+    for await (const watched of etcd.watch(endpoint, create, signal)) {
+      if (this.#isStopped) break;
+      this.#heardAt = performance.now();
+      if (watched.canceled) return this.#onCanceled(watched);
+      if (!watched.created) this.#onEvents(watched, upTo);
+      this.#tellCurrent(upTo);
+    }
+    return new RepriseError("interrupted");
+  }
+
+  #tellCurrent(upTo: number): void {
+    if (this.#isCurrent || this.#position < upTo || this.#isStopped) return;
+    this.#isCurrent = true;
+    this.#options.following.onCurrent(this.#cursor);
+  }
+
+  #onCanceled({ compact_revision, cancel_reason }: Watched): RepriseError {
+    if (Number(compact_revision ?? 0) > 0) this.#needsSnapshot = true;
+    return new RepriseError("busy", cancel_reason || "the watch was cancelled");
+  }
+
+  /**
+   * What only an endpoint that has the others' consent can say. Returns etcd's revision, or undefined where the log is
+   * another.
+   */
+  async #begin(endpoint: string, signal: AbortSignal): Promise<number | undefined> {
+    const { etcd, keys, id, setPruned } = this.#options;
+    const last = this.#last ? [get(keys.recordOf(this.#last.path))] : [];
+    const body = { success: [get(keys.ledger), get(keys.pruned), getAll(keys.members), ...last] };
+    const { header, responses } = await etcd.callAt<TxnAnswer>(endpoint, "/v3/kv/txn", body, signal);
+    const [ledger, pruned, members, newest] = responses!.map(({ response_range }) => response_range?.kvs ?? []);
+    const upTo = Number(header.revision);
+    const forgotten = pruned![0] ? Number(textOf(pruned![0])) : 0;
+    if (!ledger![0] || objectIn(ledger![0])?.id !== id) return void (await this.#reopen());
+    if (upTo < this.#position || this.#isMissing(newest?.[0], forgotten)) {
+      this.#renewed(await this.#options.renew());
+      return undefined;
+    }
+    setPruned(forgotten);
+    this.#members = new Map();
+    for (const kv of members!) this.#setMember(kv);
+    this.#showMembers();
+    return upTo;
+  }
+
+  async #reopen(): Promise<void> {
+    const id = await this.#options.reopen();
+    if (id !== this.#options.id) this.#renewed(id);
+  }
+
+  /** Where the newest record that is known is there, or was forgotten, or something newer, all before it is, too. */
+  #isMissing(newest: KeyValue | undefined, pruned: number): boolean {
+    if (!this.#last) return false;
+    return revisionOf(newest) < this.#last.revision && (newest !== undefined || pruned < this.#last.revision);
+  }
+
+  /** In the order of their keys, which costs etcd least, as all of them are of one revision. */
+  async #readAll(endpoint: string, revision: number, signal: AbortSignal): Promise<void> {
+    const { etcd, keys, read, following } = this.#options;
+    const end = endOf(keys.records);
+    let newest = 0;
+    for (let [key, part] = [encoded(keys.records), 0]; ; part++) {
+      const body = { key, range_end: end, limit: String(PIECE), revision: String(revision) };
+      const answer = await etcd.callAt<RangeAnswer>(endpoint, "/v3/kv/range", body, signal);
+      const { kvs = [], more = false } = answer;
+      this.#heardAt = performance.now();
+      if (this.#isStopped) return;
+      const records = read(kvs);
+      for (const { path, revision } of records) {
+        if (revision <= newest) continue;
+        newest = revision;
+        this.#last = { path, revision };
+      }
+      if (more) following.onStretch({ after: part, revision: part + 1, records, snapshot: "part" });
+      else {
+        this.#cursor = Math.max(newest, part);
+        this.#position = revision;
+        this.#needsSnapshot = false;
+        this.#options.hear(newest);
+        return following.onStretch({ after: part, revision: this.#cursor, records, snapshot: "complete" });
+      }
+      key = Buffer.concat([Buffer.from(kvs.at(-1)!.key, "base64"), Buffer.of(0)]).toString("base64");
+    }
+  }
+
+  #onEvents({ events = [], fragment = false, header }: Watched, upTo: number): void {
+    const { keys, following, hear } = this.#options;
+    const newest = Number(events.at(-1)?.kv.mod_revision ?? 0);
+    for (const { type, kv } of events) {
+      const key = keyIn(kv) ?? "";
+      if (key.startsWith(keys.records)) {
+        if (type !== "DELETE" && Number(kv.mod_revision) > this.#cursor) this.#held.push(kv);
+      } else if (Number(kv.mod_revision) > upTo) this.#onFact(key, type, kv);
+      if (this.#isStopped) return;
+    }
+    const isWhole = ({ mod_revision }: KeyValue) => !fragment || Number(mod_revision) < newest;
+    const whole = this.#held.filter(isWhole);
+    this.#held = this.#held.filter((kv) => !isWhole(kv));
+    if (whole.length > 0) {
+      const [after, revision] = [this.#cursor, Number(whole.at(-1)!.mod_revision)];
+      const records = this.#options.read(whole);
+      this.#cursor = revision;
+      this.#last = records.at(-1) ?? this.#last;
+      hear(revision);
+      following.onStretch({ after, revision, records });
+    }
+    this.#position = Math.max(
+      this.#position,
+      events.length > 0 ? newest - (fragment ? 1 : 0) : Number(header?.revision ?? 0),
+    );
+    this.#showMembers();
+  }
+
+  /** What is newer than what the watch began with. */
+  #onFact(key: string, type: "DELETE" | undefined, kv: KeyValue): void {
+    const { keys, id, setPruned } = this.#options;
+    if (key.startsWith(keys.members)) {
+      if (type === "DELETE") this.#members.delete(key.slice(keys.members.length));
+      else this.#setMember(kv);
+    } else if (key === keys.pruned && type !== "DELETE") setPruned(Number(textOf(kv)));
+    // What has become of it is asked of etcd, at the next beginning.
+    else if (key === keys.ledger && (type === "DELETE" || objectIn(kv)?.id !== id))
+      this.#attempt.abort(new RepriseError("busy", "the log of the cluster has begun anew"));
+  }
+
+  #setMember(kv: KeyValue): void {
+    const said = objectIn(kv);
+    const node = keyIn(kv)?.slice(this.#options.keys.members.length);
+    if (!node || typeof said?.address !== "string" || !isCount(said.known) || !isCount(said.revision)) return;
+    // Revisions of another log mean nothing.
+    const isOfThis = said.ledger === this.#options.id;
+    this.#members.set(node, {
+      address: said.address,
+      known: isOfThis ? said.known : 0,
+      revision: isOfThis ? said.revision : 0,
+      live: isOfThis && said.live === true,
+      problem: typeof said.problem === "string" ? said.problem : undefined,
+    });
+  }
+
+  #showMembers(): void {
+    const shown = JSON.stringify([...this.#members]);
+    if (shown === this.#shownMembers) return;
+    this.#shownMembers = shown;
+    this.#options.following.onMembers(new Map(this.#members));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- keys
+
+class Keys {
+  readonly all: string;
+  readonly ledger: string;
+  readonly secret: string;
+  readonly pruned: string;
+  readonly records: string;
+  readonly gone: string;
+  readonly members: string;
+  readonly seen: string;
+
+  constructor(name: string) {
+    this.all = `/reprise/${name}/`;
+    this.ledger = `${this.all}ledger`;
+    this.secret = `${this.all}secret`;
+    this.pruned = `${this.all}pruned`;
+    this.records = `${this.all}records/`;
+    this.gone = `${this.all}gone/`;
+    this.members = `${this.all}members/`;
+    this.seen = `${this.all}seen/`;
+  }
+
+  readonly recordOf = (path: string): string => this.records + path;
+  readonly goneOf = (path: string): string => this.gone + path;
+  readonly memberOf = (node: string): string => this.members + node;
+  readonly seenOf = (node: string): string => this.seen + node;
+}
+
+/** Undefined where it is not UTF-8. */
+function keyIn({ key }: KeyValue): string | undefined {
+  try {
+    return decodedText(key);
+  } catch {
+    return undefined;
+  }
+}
+
+function textOf({ value = "" }: KeyValue): string {
+  return Buffer.from(value, "base64").toString();
+}
+
+function revisionOf(kv: KeyValue | undefined): number {
+  return Number(kv?.mod_revision ?? 0);
+}
+
+function objectIn(kv: KeyValue): { [name: string]: unknown } | undefined {
+  try {
+    const value = JSON.parse(textOf(kv));
+    return typeof value === "object" && value !== null ? value : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+function seenPut(keys: Keys, { node, address, revision }: Member, seen: number): Operation {
+  return put(keys.seenOf(node), JSON.stringify({ address, revision, seen }));
+}
+
+// ---------------------------------------------------------------------------------------------------- records
+
+/** A record, and where it comes among those of its revision. */
+interface Placed {
+  record: Record;
+  at: number;
+}
+
+function placedOf(keys: Keys, kv: KeyValue): Placed | undefined {
+  const path = keyIn(kv)?.slice(keys.records.length) ?? "";
+  const said = objectIn(kv);
+  if (!isPath(path) || !said) return undefined;
+  const { kind, size, mtime, sha256, origin, over, at } = said as unknown as Record & { at: unknown };
+  const isDigest = typeof sha256 === "string" && (kind === "file" ? /^[0-9a-f]{64}$/.test(sha256) : sha256 === "");
+  if (!["file", "folder", "gone"].includes(kind) || !isDigest || !isCount(size) || !Number.isSafeInteger(mtime))
+    return undefined;
+  if (typeof origin !== "string" || typeof over !== "string") return undefined;
+  const record = { path, revision: revisionOf(kv), kind, size, mtime, sha256, origin, over };
+  return { record, at: isCount(at) ? at : 0 };
+}
+
+function inOrder(placed: Placed[]): Record[] {
+  return placed.sort((a, b) => a.record.revision - b.record.revision || a.at - b.at).map(({ record }) => record);
+}
+
+function isPath(path: string): boolean {
+  try {
+    return path !== "" && !splitPath(path).some(isHidden);
+  } catch {
+    return false;
+  }
+}
+
+function isCount(value: unknown): value is number {
+  return Number.isSafeInteger(value) && (value as number) >= 0;
+}
+
+/** It is likely that nothing is there. */
+function isNew({ base, version }: Proposal): boolean {
+  return base === 0 && version.kind !== "gone";
+}
+
+/** In order, each path once in each, and as many as one transaction takes. */
+function batchesOf(proposals: Proposal[]): Proposal[][] {
+  const batches: Proposal[][] = [];
+  let paths = new Set<string>();
+  let [operations, characters] = [0, 0];
+  for (const proposal of proposals) {
+    const { path, version } = proposal;
+    const length = 200 + JSON.stringify(path).length;
+    operations += version.kind === "gone" ? 2 : 1;
+    characters += length;
+    const isFull = paths.has(path) || operations > MAX_OPERATIONS || characters > MAX_CHARACTERS;
+    if (isFull || batches.length === 0) {
+      batches.push([]);
+      paths = new Set();
+      operations = version.kind === "gone" ? 2 : 1;
+      characters = length;
+    }
+    batches.at(-1)!.push(proposal);
+    paths.add(path);
+  }
+  return batches;
+}
