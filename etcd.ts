@@ -290,7 +290,10 @@ export class Etcd {
         const response = await this.#send(endpoint, path, body, { headers, signal });
         const text = await response.text();
         if (!response.ok) throw refusal(response.status, text);
-        return parsed(text) as T;
+        const answer = parsed(text);
+        // What is a stream to etcd says so in its first line.
+        if (answer.error) throw refusal(response.status, JSON.stringify(answer.error));
+        return answer as T;
       }),
     );
   }
@@ -471,13 +474,13 @@ function parsed(text: string): Answer {
 
 /** Numbers of gRPC. */
 const Status = {
-  invalidArgument: 3,
+  cancelled: 1,
+  unknown: 2,
   deadlineExceeded: 4,
   notFound: 5,
   permissionDenied: 7,
   resourceExhausted: 8,
-  failedPrecondition: 9,
-  outOfRange: 11,
+  internal: 13,
   unavailable: 14,
   unauthenticated: 16,
 } as const;
@@ -499,17 +502,12 @@ function refusal(http: number, text: string): RepriseError {
 
 /** A member that has no leader, is starting or stopping, or has another token than the one that it is asked with. */
 function mayPass(code: number, message: string): boolean {
-  const passing: number[] = [
-    Status.unavailable,
-    Status.deadlineExceeded,
-    Status.resourceExhausted,
-    Status.unauthenticated,
-  ];
-  return passing.includes(code) || isAboutToken(message);
+  const { notFound, permissionDenied, ...passing } = Status;
+  return (Object.values(passing) as number[]).includes(code) || isAboutToken(message);
 }
 
 function isAboutToken(message: string): boolean {
-  return /invalid auth token|auth store is old|revision in header is old/.test(message);
+  return /invalid auth token|auth store is old|revision in header is old|user name is empty/.test(message);
 }
 
 function saidIn(text: string): { code?: number | undefined; message: string } {
