@@ -260,22 +260,17 @@ export class EtcdLedger implements Ledger {
 
   // ------------------------------------------------------------------------------------------------ reading
 
-  async records(after: number, limit: number): Promise<Record[]> {
-    return (await this.#newer(after, limit)).records;
-  }
-
   async read(after: number, limit: number, isWithinSnapshot = false): Promise<Stretch> {
     const [pruned] = (await this.#etcd.range({ key: encoded(this.#keys.pruned) })).kvs ?? [];
     this.#pruned = pruned ? Number(textOf(pruned)) : 0;
     const start = startOf(this.#pruned, after, isWithinSnapshot);
-    const { records, isAll } = await this.#newer(start.after, limit);
-    const last = records.at(-1)?.revision ?? 0;
-    const revision = isAll ? Math.max(last, start.after, this.#pruned) : last;
-    return stretchWith({ ...start, limit: isAll ? records.length + 1 : limit, records, revision });
+    const records = await this.records(start.after, limit);
+    const revision = Math.max(records.at(-1)?.revision ?? 0, start.after, this.#pruned);
+    return stretchWith({ ...start, limit, records, revision });
   }
 
   /** In the order of their revisions, which etcd makes by looking at all there are: for a few, or a small log. */
-  async #newer(after: number, limit: number): Promise<{ records: Record[]; isAll: boolean }> {
+  async records(after: number, limit: number): Promise<Record[]> {
     const records: Record[] = [];
     for (let start = after; ; ) {
       const least = Math.min(limit - records.length, PIECE);
@@ -287,8 +282,7 @@ export class EtcdLedger implements Ledger {
       records.push(...this.#recordsIn([...whole, ...rest]));
       start = last;
       if (last > 0) this.#hear(last);
-      if (!more) return { records, isAll: true };
-      if (records.length >= limit) return { records, isAll: false };
+      if (!more || records.length >= limit) return records;
     }
   }
 
