@@ -149,7 +149,6 @@ export interface Range {
   revision?: string;
   keys_only?: boolean;
   min_mod_revision?: string;
-  max_mod_revision?: string;
   sort_order?: "ASCEND";
   sort_target?: "MOD";
 }
@@ -393,7 +392,8 @@ export class Etcd {
 
   #explained(error: unknown, { aborted, reason }: AbortSignal): unknown {
     if (aborted) return reason;
-    return error instanceof RepriseError ? error : networkError(error as Error & { code?: string });
+    if (error instanceof RepriseError) return error;
+    return networkError(error as Error & { code?: string }, this.#cluster.tls !== undefined);
   }
 
   // ------------------------------------------------------------------------------------------------ the user
@@ -521,11 +521,12 @@ function saidIn(text: string): { code?: number | undefined; message: string } {
   }
 }
 
+const CUT = "connection cut";
 const CAUSES: { [code: string]: string } = {
   ECONNREFUSED: "connection refused",
   ConnectionRefused: "connection refused",
-  ECONNRESET: "connection cut",
-  ConnectionClosed: "connection cut",
+  ECONNRESET: CUT,
+  ConnectionClosed: CUT,
   ENOTFOUND: "no such host",
   EHOSTUNREACH: "no way to that host",
   ENETUNREACH: "no way to that network",
@@ -533,11 +534,14 @@ const CAUSES: { [code: string]: string } = {
 };
 
 /** Of `fetch`: no connection, or none that is safe. */
-function networkError(error: Error & { code?: string }): RepriseError {
+function networkError(error: Error & { code?: string }, isSafe: boolean): RepriseError {
   const code = error.code ?? "";
   const isTls = /CERT|TLS|SSL|UNABLE_TO|SELF_SIGNED|ERR_OSSL|ISSUER/.test(code);
   if (isTls) return new RepriseError("insecure", `its certificate is not accepted (${code})`, error);
-  return new RepriseError("busy", CAUSES[code] ?? (code || error.message).slice(0, MAX_TEXT), error);
+  const cause = CAUSES[code] ?? (code || error.message).slice(0, MAX_TEXT);
+  // So it looks from the outside where one side speaks TLS and the other does not.
+  const hint = cause !== CUT ? "" : isSafe ? "; without TLS it is etcd://" : "; with TLS it is etcds://";
+  return new RepriseError("busy", cause + hint, error);
 }
 
 /** Another endpoint may do better. */

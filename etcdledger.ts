@@ -66,6 +66,8 @@ const VERSION = 1;
 const SEEN_MS = 60_000;
 /** Operations of one transaction; etcd takes 128. */
 const MAX_OPERATIONS = 100;
+/** Records of one revision, whoever has written them. */
+const MAX_IN_REVISION = 128;
 /** Of the paths in one, counted as link.ts counts what it sends on: one revision must fit a frame. */
 const MAX_CHARACTERS = 150_000;
 /** A change that is overtaken each time; each time somebody else's has got through. */
@@ -272,21 +274,21 @@ export class EtcdLedger implements Ledger {
   /** In the order of their revisions, which etcd makes by looking at all there are: for a few, or a small log. */
   async records(after: number, limit: number): Promise<Record[]> {
     const records: Record[] = [];
-    for (let start = after; ; ) {
-      const least = Math.min(limit - records.length, PIECE);
-      const { kvs = [], more = false } = await this.#sorted(start, { limit: String(least) });
-      const last = Number(kvs.at(-1)?.mod_revision ?? 0);
+    for (let start = after; records.length < limit; ) {
+      const asked = Math.min(limit - records.length + MAX_IN_REVISION, PIECE);
+      const { kvs = [], more = false } = await this.#sorted(start, asked);
+      const last = revisionOf(kvs.at(-1));
       // The rest of the last revision may be missing.
-      const rest = more ? ((await this.#sorted(last - 1, { max_mod_revision: String(last) })).kvs ?? []) : [];
-      const whole = more ? kvs.filter(({ mod_revision }) => Number(mod_revision) < last) : kvs;
-      records.push(...this.#recordsIn([...whole, ...rest]));
-      start = last;
-      if (last > 0) this.#hear(last);
-      if (!more || records.length >= limit) return records;
+      records.push(...this.#recordsIn(more ? kvs.filter((kv) => revisionOf(kv) < last) : kvs));
+      this.#hear(records.at(-1)?.revision ?? 0);
+      if (!more) break;
+      start = last - 1;
     }
+    const end = records.findIndex(({ revision }, at) => at >= limit && revision > records[at - 1]!.revision);
+    return end < 0 ? records : records.slice(0, end);
   }
 
-  #sorted(after: number, more: { limit?: string; max_mod_revision?: string }): Promise<RangeAnswer> {
+  #sorted(after: number, limit: number): Promise<RangeAnswer> {
     const { records } = this.#keys;
     return this.#etcd.range({
       key: encoded(records),
@@ -294,7 +296,7 @@ export class EtcdLedger implements Ledger {
       min_mod_revision: String(after + 1),
       sort_order: "ASCEND",
       sort_target: "MOD",
-      ...more,
+      limit: String(limit),
     });
   }
 

@@ -7,6 +7,7 @@ import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "
 import { join } from "node:path";
 import { Etcd, parseCluster } from "../etcd.ts";
 import { EtcdLedger } from "../etcdledger.ts";
+import { Index } from "../index.ts";
 import {
   type Appended,
   decide,
@@ -458,5 +459,22 @@ describe("EmbeddedLedger", () => {
     expect(other.query("SELECT path, revision FROM records").all()).toEqual([{ path: "a", revision: 1 }]);
     other.close();
     ledger.close();
+  });
+});
+
+describe("Index, as a log", () => {
+  test("records() never ends between records of one revision", () => {
+    const index = new Index(":memory:");
+    const revisions: { [path: string]: number } = { a: 2, b: 2, c: 2, d: 3, e: 5, f: 5, none: 0 };
+    for (const [path, base] of Object.entries(revisions))
+      index.set({ path, base, known: A, seen: A, etag: "", sent: undefined, target: undefined, passed: [] });
+    const paths = (after: number, limit: number) =>
+      index
+        .records(after, limit)
+        .map(({ path }) => path)
+        .join("");
+    expect([paths(0, 1), paths(0, 3), paths(0, 4), paths(0, 5)]).toEqual(["abc", "abc", "abcd", "abcdef"]);
+    expect([paths(2, 1), paths(3, 1), paths(0, LIMIT), paths(5, 1)]).toEqual(["d", "ef", "abcdef", ""]);
+    index.close();
   });
 });
