@@ -15,13 +15,16 @@ import { openChanges } from "./changes.ts";
 import { say } from "./command.ts";
 import { formatAddress, isEverywhere, isLoopback, sleep } from "./connection.ts";
 import { Held, openLocked } from "./disk.ts";
+import { parseCluster } from "./etcd.ts";
 import {
   addressOf,
   type ClusterState,
+  FOLDER_STORE,
   type ForKeeper,
   type FromKeeper,
   type KeeperSettings,
   type MemberStatus,
+  storeOf,
   type ToKeeper,
 } from "./hub.ts";
 import { INDEX_FILE, Index } from "./index.ts";
@@ -29,12 +32,14 @@ import {
   type Decision,
   EmbeddedLedger,
   type Log,
+  type Member,
   type Proposal,
   type Record,
   type Stretch,
   stretchOf,
 } from "./ledger.ts";
 import {
+  type Above,
   call,
   cut,
   Down,
@@ -51,6 +56,7 @@ import { log, logBug, logRefusal } from "./log.ts";
 import type { Address } from "./peer.ts";
 import { Placer } from "./place.ts";
 import { ERRORS, quote, RepriseError } from "./protocol.ts";
+import { Quorum } from "./quorum.ts";
 import { parseServers, Remote } from "./remote.ts";
 import { type Effect, type Event, isDirty, type State, step } from "./replica.ts";
 import { openFolder } from "./storage.ts";
@@ -87,10 +93,11 @@ export async function keep(settings: KeeperSettings): Promise<void> {
   // Nothing but an order to end comes before it has said that it is ready.
   process.on("message", (message: ForKeeper | "drain" | "stop") => {
     if (message === "stop") stop();
-    else if (message !== "drain") keeper?.onMessage(message);
+    else if (message === "drain") keeper?.drain();
+    else keeper?.onMessage(message);
   });
   process.on("disconnect", stop);
-  await takeRoot(settings.root);
+  if (!isStateless(settings)) await takeRoot(settings.root);
   keeper = keeperOf(settings);
   // The supervisor starts another, which looks at everything anew.
   const giveUp = (error: unknown) => {
@@ -127,7 +134,7 @@ async function takeRoot(root: string): Promise<void> {
 }
 
 /** Where the root cannot be written there is nothing to keep: whoever would join is told so. */
-function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "onMessage" | "tellNoRoom"> {
+function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "drain" | "close" | "onMessage" | "tellNoRoom"> {
   try {
     return new Keeper(settings);
   } catch (error) {
@@ -142,23 +149,46 @@ function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "close" | "o
       if (said.kind === "linked") send({ worker, message: { kind: "unlink", id: said.id, code: "refused", text } });
       else if (said.kind === "announce") send({ worker, message: { kind: "announced", id: said.id } });
     };
-    return { start() {}, close() {}, onMessage, tellNoRoom() {} };
+    return { start() {}, drain() {}, close() {}, onMessage, tellNoRoom() {} };
   }
+}
+
+/** What a server without files of its own, or whose files are kept elsewhere, does about them: nothing. */
+type Watching = Pick<Observer, "start" | "examine" | "isStill" | "close">;
+type Placing = Pick<Placer, "want" | "aside" | "applied" | "hurry" | "close" | "problem">;
+const NOTHING: Watching & Placing = {
+  start: async () => {},
+  examine: async () => {},
+  isStill: () => true,
+  want() {},
+  aside: async () => {},
+  applied: async () => {},
+  hurry() {},
+  close() {},
+  problem: undefined,
+};
+
+/** It shares who its members are, and no files: they are on the same bucket, or it has none. */
+function isStateless({ root, redirectOnly }: KeeperSettings): boolean {
+  return redirectOnly === true || storeOf(root) !== FOLDER_STORE;
 }
 
 class Keeper {
   readonly #settings: KeeperSettings;
+  readonly #isStateless: boolean;
   readonly #index: Index;
   readonly #state: State;
-  readonly #observer: Observer;
-  readonly #placer: Placer;
+  readonly #observer: Watching;
+  readonly #placer: Placing;
   readonly #node: string;
   /** By which members know each other; the master's counts. */
   #secret: string;
   readonly #callSecret = randomBytes(32).toString("base64url");
   /** At the first master of all. */
   #ledger: EmbeddedLedger | undefined;
-  #up: Up | undefined;
+  #up: Above | undefined;
+  /** The same, among equals. */
+  #quorum: Quorum | undefined;
   readonly #downs = new Map<string, Down>();
   /** Links of those who want to join and are not yet members: `worker:id`. */
   readonly #joining = new Set<string>();
@@ -181,20 +211,25 @@ class Keeper {
   constructor(settings: KeeperSettings) {
     this.#settings = settings;
     const { root: path, keepFree } = settings;
-    const changes = openChanges(path, { keepFree });
-    const root = openFolder(path);
-    this.#index = new Index(`${path}/.reprise/${INDEX_FILE}`);
+    this.#isStateless = isStateless(settings);
+    this.#index = new Index(this.#isStateless ? ":memory:" : `${path}/.reprise/${INDEX_FILE}`);
     this.#node = this.#index.node;
     this.#secret = String(
       this.#index.fact("secret") ?? this.#index.setFact("secret", randomBytes(32).toString("base64url")),
     );
     const cursor = Number(this.#index.fact("cursor") ?? 0);
     this.#state = { node: this.#node, entries: this.#index, cursor, online: false, snapshot: undefined };
-    this.#observer = new Observer(root, this.#index, {
+    [this.#observer, this.#placer] = this.#isStateless ? [NOTHING, NOTHING] : this.#openTree(path, keepFree);
+  }
+
+  #openTree(path: string, keepFree: number): [Observer, Placer] {
+    const changes = openChanges(path, { keepFree });
+    const root = openFolder(path);
+    const observer = new Observer(root, this.#index, {
       take: (found) => this.#takeFound(found),
       onError: (error) => this.#complain("look at the tree", error),
     });
-    this.#placer = new Placer({
+    const placer = new Placer({
       root,
       changes,
       index: this.#index,
@@ -205,14 +240,22 @@ class Keeper {
       isEveryoneHere: () => this.#isEveryoneHere,
       examine: (paths) => void this.#observer.examine(paths),
     });
+    return [observer, placer];
   }
 
   start(): void {
     setInterval(() => this.#beat(), BEAT_MS);
     setInterval(() => this.#prune(), PRUNE_MS);
-    if (this.#settings.join !== undefined) this.#joinMaster(this.#settings.join);
-    else if (existsSync(this.#ledgerPath)) this.#becomeMaster();
+    const { join, cluster } = this.#settings;
+    if (join !== undefined) this.#joinMaster(join);
+    else if (cluster !== undefined) this.#joinEquals(cluster);
+    else if (!this.#isStateless && existsSync(this.#ledgerPath)) this.#becomeMaster();
     this.#publishSoon();
+  }
+
+  /** The server takes no more clients. */
+  drain(): void {
+    this.#quorum?.leave();
   }
 
   close(): void {
@@ -239,7 +282,7 @@ class Keeper {
 
   #onWorker(worker: number, message: ToKeeper): void {
     if (message.kind === "announce") {
-      const done = () => send({ worker, message: { kind: "announced", id: message.id } });
+      const done = (refusal?: string) => send({ worker, message: { kind: "announced", id: message.id, refusal } });
       return void this.#announce(message.paths).then(done);
     }
     const down = [...this.#downs.values()].find((down) => down.worker === worker && down.id === message.id);
@@ -264,7 +307,7 @@ class Keeper {
   // ------------------------------------------------------------------------------------------------ the tree
 
   get #ledgerPath(): string {
-    return `${this.#settings.root}/.reprise/${LEDGER_FILE}`;
+    return this.#isStateless ? ":memory:" : `${this.#settings.root}/.reprise/${LEDGER_FILE}`;
   }
 
   /**
@@ -327,13 +370,23 @@ class Keeper {
     else if (this.#ledger) this.#follow();
   }
 
-  /** What keeps a client waiting: a change of its own, until the ledger and all live members know. */
-  async #announce(paths: string[]): Promise<void> {
+  /** What keeps a client waiting: a change of its own, until the ledger and all live members know. Returns why not. */
+  async #announce(paths: string[]): Promise<string | undefined> {
     await this.#observer.examine(paths);
     const open = new Set<string>();
     for (const path of paths) for (const entry of this.#around(path)) if (this.#isUnknown(entry)) open.add(entry);
-    if (open.size === 0 || !this.#state.online) return;
-    await new Promise<void>((resolve) => this.#announced.push({ open, resolve }));
+    if (open.size === 0) return undefined;
+    if (!this.#state.online) return this.#refusal;
+    return new Promise((resolve) => this.#announced.push({ open, resolve }));
+  }
+
+  /**
+   * Why nothing can be changed here: among equals that cannot ask the ledger, each would go on by itself, and readers would
+   * get one version here and another there. A member of a master brings in later what it takes meanwhile.
+   */
+  get #refusal(): string | undefined {
+    if (!this.#quorum || this.#state.online) return undefined;
+    return `no change can be made now: ${this.#quorum.problem}`;
   }
 
   /** A path, the folders that it is in, and all that is in it. */
@@ -353,12 +406,12 @@ class Keeper {
     for (let at = this.#announced.length - 1; at >= 0; at--) {
       const { open, resolve } = this.#announced[at]!;
       for (const path of open) {
-        if (this.#state.online && this.#isUnknown(path)) break;
+        if (this.#isUnknown(path)) break;
         open.delete(path);
       }
-      if (open.size > 0) continue;
+      if (open.size > 0 && this.#state.online) continue;
       this.#announced.splice(at, 1);
-      resolve();
+      resolve(open.size > 0 ? this.#refusal : undefined);
     }
   }
 
@@ -449,6 +502,7 @@ class Keeper {
   }
 
   #prune(): void {
+    void this.#quorum?.prune();
     if (!this.#ledger) return;
     for (const down of this.#downs.values()) this.#note(down);
     this.#ledger.prune(this.#revision);
@@ -465,8 +519,8 @@ class Keeper {
 
   #joinMaster(server: string): void {
     const [address] = parseServers(server);
-    const { token, ca, host, port, advertise } = this.#settings;
-    const [told] = advertise === undefined ? [{ host: isEverywhere(host) ? "" : host, port }] : parseServers(advertise);
+    const { token, ca } = this.#settings;
+    const { host, port } = this.#told;
     const { node, secret } = { node: this.#node, secret: this.#callSecret };
     const up = new Up({
       address: { ...address!, tls: address!.tls || this.#settings.tls },
@@ -475,53 +529,83 @@ class Keeper {
       join: () => ({
         kind: "join",
         version: LINK_VERSION,
+        store: storeOf(this.#settings.root),
         node,
-        host: told!.host,
-        port: told!.port,
+        host,
+        port,
         secret,
         below: this.#waitingNodes,
       }),
       onJoined: (message) => this.#onJoined(message),
       onMessage: (message) => this.#onMaster(message),
-      onLost: (error) => this.#onMasterLost(error),
+      onLost: (error) => this.#onLost(error),
     });
-    this.#up = up;
-    say("info", `joining ${up.name}`);
+    this.#join(up);
+  }
+
+  #joinEquals(cluster: string): void {
+    const { root, redirectOnly = false, tls } = this.#settings;
+    const quorum = new Quorum({
+      cluster: parseCluster(cluster),
+      node: this.#node,
+      address: formatAddress(this.#told.host, this.#told.port),
+      store: redirectOnly ? undefined : storeOf(root),
+      isServing: !redirectOnly,
+      tls,
+      onJoined: (message) => this.#onJoined(message),
+      onMessage: (message) => this.#onMaster(message),
+      onMembers: () => this.#onMembers(),
+      onLost: (error) => this.#onLost(error),
+      check: (address, node) => this.#check(address, node),
+      newest: () => this.#index.newest,
+    });
+    this.#quorum = quorum;
+    this.#join(quorum);
+  }
+
+  #join(above: Above): void {
+    this.#up = above;
+    say("info", `joining ${above.name}`);
     // The workers are to know the one who calls back.
     this.#publish();
     // Before anything is proposed, what is there is known: the master's own files are not taken for changes.
-    void this.#look().then(() => up.run());
+    void this.#look().then(() => above.run());
   }
 
-  #onJoined({ ledger, secret, node }: Extract<FromMaster, { kind: "joined" }>): void {
-    this.#up!.nodes = undefined;
+  /** Where clients are sent; the host is "" where a master knows better. */
+  get #told(): Address {
+    const { host, port, advertise } = this.#settings;
+    if (advertise !== undefined) return parseServers(advertise)[0]!;
+    return { host: isEverywhere(host) ? "" : host, port };
+  }
+
+  #onJoined({ ledger, secret }: Extract<FromMaster, { kind: "joined" }>): void {
     this.#useLedger(ledger);
     // A log that this server had as a master would be brought back if it were one again.
-    for (const file of ["", "-wal", "-shm"]) rmSync(this.#ledgerPath + file, { force: true });
+    if (!this.#isStateless) for (const file of ["", "-wal", "-shm"]) rmSync(this.#ledgerPath + file, { force: true });
     this.#secret = String(this.#index.setFact("secret", secret));
     log(this.#logSettings, { event: "join", peer: this.#up!.name, status: "ok" });
-    say("info", `joined ${this.#up!.name}, which sends clients here as soon as its files are here`);
-    this.#up!.chain = [node];
+    const who = this.#quorum ? "whose members send" : "which sends";
+    say("info", `joined ${this.#up!.name}, ${who} clients here as soon as its files are here`);
     this.#take([{ kind: "online" }]);
     this.#publish();
     this.#sayAlive();
     this.#placer.hurry();
   }
 
-  #onMasterLost(error: RepriseError): void {
+  #onLost(error: RepriseError): void {
     const isNews = this.#state.online || this.#up!.problem !== error.message;
     this.#up!.problem = error.message;
     if (isNews) {
       const { name } = this.#up!;
       log(this.#logSettings, { event: "join", peer: name, status: error.code });
       const isFinal = !ERRORS[error.code].retry;
-      const what = isFinal ? `cannot join ${name}` : `no connection to the master ${name}`;
+      const what = isFinal ? `cannot join ${name}` : `no connection to ${this.#quorum ? "" : "the master "}${name}`;
       const why = error.message.startsWith(`${name}: `) ? error.message.slice(name.length + 2) : error.message;
       say("warn", `${what}: ${why}; trying again`);
     }
-    this.#up!.nodes = [];
-    this.#undecided.clear();
     this.#take([{ kind: "offline" }]);
+    this.#undecided.clear();
     // Those below are to ask again, too.
     for (const down of this.#downs.values())
       this.#unlinkDown(down, new RepriseError("busy", "the master is not there"));
@@ -532,20 +616,15 @@ class Keeper {
     switch (message.kind) {
       case "stretch": {
         const { stretch, pruned } = message;
-        this.#take([{ kind: "stretch", ...stretch }]);
+        if (this.#isStateless) this.#state.cursor = stretch.revision;
+        else this.#take([{ kind: "stretch", ...stretch }]);
         up.received = stretch.revision;
         this.#forget(stretch, pruned);
         this.#pumpAll();
         this.#sayAlive();
         break;
       }
-      case "decided":
-        up.onDecided(message.id, message.decisions);
-        break;
       case "alive":
-        up.chain = message.chain;
-        up.nodes = message.nodes;
-        up.revision = message.revision;
         if (message.chain.includes(this.#node)) throw circle();
     }
   }
@@ -606,6 +685,9 @@ class Keeper {
   async #onJoin(worker: number, id: number, peer: string, join: Join): Promise<void> {
     if (join.version !== LINK_VERSION)
       throw new RepriseError("version", `servers link by version ${LINK_VERSION} here, not ${join.version}`);
+    const store = storeOf(this.#settings.root);
+    if (join.store !== store)
+      throw new RepriseError("refused", `refused: the files here are ${store}, and not ${quote(join.store)}`);
     if (join.node === this.#node)
       throw new RepriseError("refused", `refused: that is this server itself; join another${COPIED}`);
     if (this.#up?.chain.includes(join.node)) throw circle();
@@ -631,7 +713,7 @@ class Keeper {
   }
 
   /** Those who wait for each other wait for ever, and are told. */
-  #notYet(up: Up, { node, below = [] }: Join): RepriseError {
+  #notYet(up: Above, { node, below = [] }: Join): RepriseError {
     if (this.#waiting.size >= MAX_REMEMBERED) this.#waiting.clear();
     this.#waiting.set(node, { at: performance.now(), nodes: [node, ...below].slice(0, MAX_REMEMBERED) });
     if (below.includes(this.#node)) return circle();
@@ -814,10 +896,28 @@ class Keeper {
 
   // ------------------------------------------------------------------------------------------------ who is where
 
+  /** Clients are sent to equals that answer there; who says so may be anybody. */
+  async #check(address: string, node: string): Promise<void> {
+    const remote = this.#connectTo(address);
+    try {
+      const { node: found } = await remote.status();
+      if (found !== node) throw new RepriseError("refused", `another server is at ${address}; see --advertise`);
+    } finally {
+      remote.close();
+    }
+  }
+
+  /** Some have come, gone, or got further. */
+  #onMembers(): void {
+    this.#placer.hurry();
+    this.#publishSoon();
+  }
+
   #holdersOf({ origin }: Record): string[] {
-    const made = [...this.#downs.values()].filter(({ node, nodes }) => node === origin || nodes.includes(origin));
-    const others = [...this.#downs.values()].filter((down) => !made.includes(down));
-    const up = this.#up ? [this.#up.name] : [];
+    const around = [...this.#downs.values(), ...(this.#quorum?.equals ?? [])];
+    const made = around.filter(({ node, nodes }) => node === origin || nodes.includes(origin));
+    const others = around.filter((member) => !made.includes(member));
+    const up = this.#up && !this.#quorum ? [this.#up.name] : [];
     return [...made.map(({ address }) => address), ...up, ...others.map(({ address }) => address)];
   }
 
@@ -828,8 +928,9 @@ class Keeper {
     return above && [...new Set([this.#node, ...above, ...below])];
   }
 
-  /** Only the first master can know. */
+  /** Only the first master can know, and equals, who all have the same ledger. */
   get #isEveryoneHere(): boolean {
+    if (this.#quorum) return this.#quorum.isEveryoneHere;
     const { revision } = this.#log;
     const isHere = ({ isLive, known }: Down) => isLive && known >= revision;
     return this.#ledger !== undefined && this.#gone.size === 0 && [...this.#downs.values()].every(isHere);
@@ -849,7 +950,7 @@ class Keeper {
   }
 
   #addressOf(address: string): Address {
-    return { ...parseServers(address)[0]!, tls: this.#settings.tls || this.#up?.address.tls === true };
+    return { ...parseServers(address)[0]!, tls: this.#settings.tls || this.#up?.tls === true };
   }
 
   #publishSoon(): void {
@@ -864,27 +965,33 @@ class Keeper {
   }
 
   get #cluster(): ClusterState {
+    const [up, quorum, online] = [this.#up, this.#quorum, this.#state.online];
     const downs = [...this.#downs.values()];
+    const around = [...downs, ...(quorum?.equals ?? [])];
     const holders = Object.fromEntries(
-      downs.flatMap(({ node, nodes, address }) => [node, ...nodes].map((node) => [node, address])),
+      around.flatMap(({ node, nodes, address }) => [node, ...nodes].map((node) => [node, address])),
     );
-    const secrets = [this.#secret, this.#callSecret];
+    const above = quorum ? quorum.furthest?.address : up?.name;
     const replicas = downs.map((down) => this.#statusOf(down, down.isLive ? "live" : "joining"));
+    const equals = quorum?.equals.map((equal) => ({ ...this.#statusOf(equal, equal.state), isEqual: true })) ?? [];
+    const gone = quorum?.gone.map((member) => this.#statusOf(member, "gone")) ?? [];
     return {
-      role: this.#up ? "replica" : this.#ledger ? "master" : "alone",
+      role: quorum ? "member" : up ? "replica" : this.#ledger ? "master" : "alone",
       node: this.#node,
-      master: this.#up?.name,
+      master: up?.name,
       revision: this.#revision,
-      problem: this.#up && !this.#state.online ? this.#up.problem : this.#placer.problem,
-      replicas: [...replicas, ...this.#gone.values()],
-      secrets,
+      problem: up && !online ? up.problem : this.#placer.problem,
+      refusal: this.#refusal,
+      replicas: [...replicas, ...this.#gone.values(), ...equals, ...gone],
+      takesTurn: quorum?.isLive,
+      secrets: [this.#secret, this.#callSecret],
       nodes: this.#nodes,
-      holders: this.#up ? { "": this.#up.name, ...holders } : holders,
+      holders: above === undefined ? holders : { "": above, ...holders },
     };
   }
 
   #statusOf(
-    { node, address, revision, problem }: Pick<MemberStatus, "node" | "address" | "revision" | "problem">,
+    { node, address, revision, problem }: Member & Pick<MemberStatus, "problem">,
     state: MemberStatus["state"],
   ): MemberStatus {
     return { node, address, state, revision, lag: Math.max(0, this.#log.revision - revision), problem };
@@ -910,7 +1017,7 @@ class Keeper {
 /** Changes of a client that waits. */
 interface Announced {
   open: Set<string>;
-  resolve: () => void;
+  resolve: (refusal: string | undefined) => void;
 }
 
 function decided({ path, version }: Proposal, decision: Decision): Event {

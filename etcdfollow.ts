@@ -44,6 +44,8 @@ export interface LiveMember {
   revision: number;
   /** Clients may be sent there. */
   live: boolean;
+  /** Members below it. */
+  nodes?: string[] | undefined;
   problem?: string | undefined;
 }
 
@@ -344,6 +346,7 @@ export class Follower {
       known: isOfThis ? said.known : 0,
       revision: isOfThis ? said.revision : 0,
       live: isOfThis && said.live === true,
+      nodes: Array.isArray(said.nodes) ? said.nodes.filter((node) => typeof node === "string") : [],
       problem: typeof said.problem === "string" ? said.problem : undefined,
     });
   }

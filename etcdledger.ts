@@ -74,8 +74,8 @@ const MAX_CHARACTERS = 150_000;
 const MAX_TRIES = 100;
 
 interface EtcdLedgerOptions {
-  /** What the members keep, as all of them must. */
-  store: string;
+  /** What the members keep, as all of them must; undefined for who keeps nothing, and makes no cluster. */
+  store: string | undefined;
   warn?: (text: string) => void;
 }
 
@@ -91,7 +91,7 @@ const NOTHING: Held = { revision: 0, record: undefined };
 
 export class EtcdLedger implements Ledger {
   readonly #etcd: Etcd;
-  readonly #store: string;
+  readonly #store: string | undefined;
   readonly #warn: (text: string) => void;
   readonly #keys: Keys;
   readonly #watchers: (() => void)[] = [];
@@ -129,8 +129,9 @@ export class EtcdLedger implements Ledger {
     return this.#pruned;
   }
 
-  /** Makes the cluster where there is none. Throws `version`, `refused` where it keeps something else, and as `Etcd`. */
+  /** Makes the cluster where there is none. Throws `version`, `refused` where it keeps something else, and as `Etcd`; `busy` where it is not this one's to make. */
   async open(): Promise<void> {
+    if (this.#store === undefined) await this.#checkMade();
     const { ledger, secret, pruned } = this.#keys;
     const made = JSON.stringify({ version: VERSION, id: randomUUID(), store: this.#store });
     const read = [get(ledger), get(secret), get(pruned)];
@@ -143,6 +144,12 @@ export class EtcdLedger implements Ledger {
     this.#use(facts!);
     this.#secret = word ? textOf(word) : await this.#makeSecret();
     this.#pruned = upTo ? Number(textOf(upTo)) : 0;
+  }
+
+  async #checkMade(): Promise<void> {
+    const { kvs = [] } = await this.#etcd.range({ key: encoded(this.#keys.ledger) });
+    if (kvs.length === 0)
+      throw new RepriseError("busy", `no server that has files has come to the cluster ${quote(this.#etcd.name)} yet`);
   }
 
   /** Somebody has removed it. */
@@ -162,8 +169,8 @@ export class EtcdLedger implements Ledger {
     const where = `the cluster ${quote(this.#etcd.name)} in etcd`;
     if (version !== VERSION)
       throw new RepriseError("version", `${where} is of version ${quote(String(version))}; here it is ${VERSION}`);
-    if (store !== this.#store || typeof id !== "string")
-      throw new RepriseError("refused", `${where} keeps ${quote(String(store))}, not ${quote(this.#store)}`);
+    if (store !== (this.#store ?? store) || typeof id !== "string")
+      throw new RepriseError("refused", `${where} keeps ${quote(String(store))}, not ${quote(String(this.#store))}`);
     if (id !== this.#id) this.#revision = this.#pruned = 0;
     this.#id = id;
     this.#ledgerRevision = Number(ledger.mod_revision);

@@ -49,6 +49,10 @@ export interface KeeperSettings {
   tls: boolean;
   /** `host:port` of the server to join. */
   join?: string | undefined;
+  /** Where the ledger is kept outside of the servers, `etcd://host:port/NAME`; `join` is not given then. */
+  cluster?: string | undefined;
+  /** It has no files, and only sends clients on. */
+  redirectOnly?: boolean;
   /** `host:port` that clients are told; made of `host` and `port` if not given. */
   advertise?: string | undefined;
   /** For the server to join. */
@@ -69,19 +73,25 @@ export interface MemberStatus {
   /** Revisions behind. */
   lag: number;
   problem?: string | undefined;
+  /** It is an equal of this one rather than below it: whom it is sent it serves itself. */
+  isEqual?: boolean;
 }
 
 /** What the keeper has told everyone last. */
 export interface ClusterState {
-  role: "alone" | "master" | "replica";
+  role: "alone" | "master" | "replica" | "member";
   node: string;
-  /** `host:port` of the server that was joined. */
+  /** `host:port` of the server that was joined, or the ledger outside. */
   master?: string | undefined;
   revision: number;
   /** What keeps this member behind. */
   problem?: string | undefined;
-  /** The members that have joined this one; clients are sent to the live ones in turn. */
+  /** Why nothing can be changed here, for now. */
+  refusal?: string | undefined;
+  /** The members that have joined this one, and its equals; clients are sent to the live ones in turn. */
   replicas: MemberStatus[];
+  /** Among equals: this one is live, too, and takes its turn. */
+  takesTurn?: boolean | undefined;
   /** Tokens by which members know each other; like one with the access `replica`, of the whole root. */
   secrets: string[];
   /** The nodes that are heard of, in all of the cluster; undefined where that is not known. */
@@ -101,7 +111,8 @@ export type ToKeeper =
 
 /** From the keeper to one worker. */
 export type ToWorker =
-  | { kind: "announced"; id: number }
+  /** `refusal`: why it is not known to all, and will not be soon. */
+  | { kind: "announced"; id: number; refusal?: string | undefined }
   | { kind: "say"; id: number; message: object }
   /** Ends a link, with what is wrong. */
   | { kind: "unlink"; id: number; code: ErrorCode; text: string };
@@ -115,11 +126,18 @@ export type ForKeeper = { worker: number; message: ToKeeper } | { worker: number
 export type FromWorker = { kind: "next"; id: number } | { kind: "keeper"; message: ToKeeper };
 /** And back. */
 export type ForWorker =
-  | { kind: "next"; id: number; address?: string | undefined }
+  | { kind: "next"; id: number; address?: string | undefined; isEqual?: boolean | undefined }
   | { kind: "cluster"; cluster: ClusterState }
   | { kind: "keeper"; message: ToWorker }
   /** The keeper has ended: the next one knows of no link and no announcement. */
   | { kind: "forgotten" };
+
+export const FOLDER_STORE = "folder";
+
+/** What a server's files are kept in: servers of one cluster have the same bucket, or each a folder of its own. */
+export function storeOf(root: string): string {
+  return root.startsWith("s3://") ? root.replace(/\/+$/, "") : FOLDER_STORE;
+}
 
 /** Where to connect. */
 export interface Address {
@@ -144,9 +162,11 @@ export class Restarts {
 export class Rotation {
   #turn = 0;
 
-  next(replicas: MemberStatus[]): string | undefined {
+  /** Undefined where it is this server's turn, or nobody else is there. */
+  next({ replicas, takesTurn = false }: Pick<ClusterState, "replicas" | "takesTurn">): MemberStatus | undefined {
     const live = replicas.filter(isLive);
-    return live.length === 0 ? undefined : live[this.#turn++ % live.length]!.address;
+    const turns = live.length + Number(takesTurn);
+    return turns === 0 ? undefined : live[this.#turn++ % turns];
   }
 }
 
@@ -186,8 +206,8 @@ export class KeeperHost {
 
   onWorker(worker: number, message: FromWorker): void {
     if (message.kind === "next") {
-      const address = this.cluster && this.#rotation.next(this.cluster.replicas);
-      this.#tell(worker, { kind: "next", id: message.id, address });
+      const { address, isEqual } = (this.cluster && this.#rotation.next(this.cluster)) ?? {};
+      this.#tell(worker, { kind: "next", id: message.id, address, isEqual });
       return;
     }
     // The first server that joins; or a worker was there before the keeper.
@@ -290,18 +310,21 @@ export class Hub {
   readonly #send: (message: FromWorker) => void;
   /** Until the keeper has said what is: whether there will be one. */
   readonly #expected: boolean;
+  /** The members have each their own. */
+  readonly #isReplicated: boolean;
   /** Another worker of the same number had other ids. */
   #last = Math.floor(Math.random() * 2 ** 40);
-  readonly #nexts = new Map<number, (address: string | undefined) => void>();
+  readonly #nexts = new Map<number, (next: Extract<ForWorker, { kind: "next" }>) => void>();
   readonly #announcements = new Map<number, Announcement>();
   readonly #links = new Map<number, Link>();
   #isStopping = false;
 
   constructor(
-    options: { root: string; clustered: boolean; log: LogFormat; worker: number },
+    options: { root: string; clustered: boolean; isReplicated?: boolean; log: LogFormat; worker: number },
     send: (message: FromWorker) => void,
   ) {
     this.#expected = options.clustered;
+    this.#isReplicated = options.isReplicated ?? true;
     this.#send = send;
     this.versions = new Versions(
       `${options.root}/${INDEX}`,
@@ -316,13 +339,13 @@ export class Hub {
 
   /** Whether changes are to be announced, and files known by their content. */
   get isClustered(): boolean {
-    return this.#cluster ? this.#cluster.role !== "alone" : this.#expected;
+    return this.#isReplicated && (this.#cluster ? this.#cluster.role !== "alone" : this.#expected);
   }
 
   onMessage(message: ForWorker): void {
     switch (message.kind) {
       case "next":
-        this.#nexts.get(message.id)?.(message.address);
+        this.#nexts.get(message.id)?.(message);
         this.#nexts.delete(message.id);
         break;
       case "cluster":
@@ -345,8 +368,7 @@ export class Hub {
   #onKeeper(message: ToWorker): void {
     switch (message.kind) {
       case "announced":
-        this.#announcements.get(message.id)?.resolve();
-        this.#announcements.delete(message.id);
+        this.#onAnnounced(message);
         break;
       case "say":
         this.#links.get(message.id)?.say(message.message);
@@ -354,6 +376,13 @@ export class Hub {
       case "unlink":
         this.#links.get(message.id)?.end(new RepriseError(message.code, message.text));
     }
+  }
+
+  #onAnnounced({ id, refusal }: Extract<ToWorker, { kind: "announced" }>): void {
+    const announcement = this.#announcements.get(id);
+    this.#announcements.delete(id);
+    if (refusal === undefined) announcement?.resolve();
+    else announcement?.reject(new RepriseError("busy", refusal));
   }
 
   #onForgotten(): void {
@@ -376,18 +405,19 @@ export class Hub {
 
   // ------------------------------------------------------------------------------------------------ for sessions
 
-  /** [redirect] Whom the next client is sent to; undefined where this server answers itself. */
-  async next(): Promise<Address | undefined> {
+  /** [redirect] Whom the next client is sent to, and whether to be answered there; undefined where this server answers itself. */
+  async next(): Promise<(Address & { isEqual: boolean }) | undefined> {
     if (!this.#cluster?.replicas.some(isLive)) return undefined;
-    const { promise, resolve } = Promise.withResolvers<string | undefined>();
+    const { promise, resolve } = Promise.withResolvers<Extract<ForWorker, { kind: "next" }>>();
     const id = ++this.#last;
     this.#nexts.set(id, resolve);
     this.#send({ kind: "next", id });
-    const address = await promise;
-    return address === undefined ? undefined : addressOf(address);
+    const { address = "", isEqual = false } = await promise;
+    const found = addressOf(address);
+    return found && { ...found, isEqual };
   }
 
-  /** Resolves when the ledger knows of these changes, and every live member. Throws `shutting_down`. */
+  /** Resolves when the ledger knows of these changes, and every live member. Throws `shutting_down`, `busy`. */
   announce(paths: string[]): Promise<void> {
     if (!this.isClustered || paths.length === 0) return Promise.resolve();
     const { promise, resolve, reject } = Promise.withResolvers<void>();

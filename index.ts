@@ -181,6 +181,12 @@ export class Index implements Entries {
     return this.#db.run(sql, [gone, revision]).changes;
   }
 
+  /** Of all records, the newest. */
+  get newest(): { path: string; revision: number } | undefined {
+    const sql = "SELECT path, revision FROM entries WHERE revision > 0 ORDER BY revision DESC LIMIT 1";
+    return this.#db.query<{ path: string; revision: number }, []>(sql).get() ?? undefined;
+  }
+
   /** Of the records that the tree does not have yet, the oldest; undefined if it has all. */
   get oldestTarget(): number | undefined {
     const sql = "SELECT min(revision) AS least FROM entries INDEXED BY target WHERE target IS NOT NULL";

@@ -38,6 +38,8 @@ const PROPOSED_CHARACTERS = 12_000;
 export type Join = {
   kind: "join";
   version: number;
+  /** Where its files are: see `storeOf`. */
+  store: string;
   node: string;
   host: string;
   port: number;
@@ -55,11 +57,20 @@ export type FromMember =
   | { kind: "read"; after: number }
   /** Changes of the member `origin`: this one, or one that has joined it. */
   | { kind: "propose"; id: number; origin: string; proposals: Proposal[] }
-  /**
-   * Once a second, and whenever it changes: how far stretches have come; how much of the log is known here and to all
-   * members below; what the tree has of it; the members below.
-   */
-  | { kind: "alive"; received: number; known: number; revision: number; nodes: string[]; problem?: string | undefined };
+  | Alive;
+
+/**
+ * Once a second, and whenever it changes: how far stretches have come; how much of the log is known here and to all members
+ * below; what the tree has of it; the members below.
+ */
+export type Alive = {
+  kind: "alive";
+  received: number;
+  known: number;
+  revision: number;
+  nodes: string[];
+  problem?: string | undefined;
+};
 
 export type FromMaster =
   | { kind: "joined"; node: string; ledger: string; secret: string }
@@ -75,6 +86,64 @@ export interface Proposed {
   origin: string;
   proposals: Proposal[];
   answer: (decisions: Decision[]) => void;
+}
+
+/** Where the log comes from, and changes go to: a master, or a ledger outside of the servers. */
+export interface Above {
+  readonly name: string;
+  readonly tls: boolean;
+  /** The servers above. */
+  readonly chain: string[];
+  /** Who is heard of there; undefined until that is known. */
+  readonly nodes: string[] | undefined;
+  /** How far the log has come from there. */
+  received: number;
+  /** Why it is not to be had. */
+  problem: string | undefined;
+  /** Joins, and again whenever it is lost, until `close`. */
+  run(): Promise<void>;
+  /** All of the log that is newer is wanted. */
+  read(after: number): void;
+  propose(proposed: Proposed): void;
+  say(message: Alive): void;
+  /** Once a second. */
+  beat(): void;
+  close(): void;
+}
+
+/** Joins, and again with a growing wait whenever that has failed or ended; `join` says by `joined` that it has. */
+export async function keepJoined(
+  signal: AbortSignal,
+  join: (joined: () => void) => Promise<never>,
+  lost: (error: RepriseError) => void,
+): Promise<void> {
+  for (let failures = 0; !signal.aborted; failures++) {
+    try {
+      await join(() => {
+        failures = 0;
+      });
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof RepriseError)) throw error;
+      lost(error);
+      const ms = Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** failures);
+      await sleep(ms * (0.75 + Math.random() / 2), signal).catch(() => {});
+    }
+  }
+}
+
+/** Whether somebody who says how much it knows of the log comes further. */
+export class Progress {
+  #known = -1;
+  #movedAt = performance.now();
+
+  /** Whether it is behind a revision and has come no further for a lease; to be asked once a second. */
+  isStuck(known: number, revision: number, now: number): boolean {
+    const isMoving = known >= revision || known !== this.#known;
+    this.#known = known;
+    if (isMoving) this.#movedAt = now;
+    return now - this.#movedAt > LEASE_MS;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------- ends
@@ -109,15 +178,11 @@ export class Down {
     this.target = from.target;
   }
 
-  #knownAtBeat = -1;
-  #movedAt = performance.now();
+  readonly #progress = new Progress();
 
   /** Whether it is behind a revision and has come no further for a lease. */
   isStuck(revision: number, now: number): boolean {
-    const isMoving = this.known >= revision || this.known !== this.#knownAtBeat;
-    this.#knownAtBeat = this.known;
-    if (isMoving) this.#movedAt = now;
-    return this.isLive && now - this.#movedAt > LEASE_MS;
+    return this.#progress.isStuck(this.known, revision, now) && this.isLive;
   }
 
   begin(after: number): void {
@@ -140,9 +205,10 @@ interface UpOptions {
 }
 
 /** The link to the master, made again whenever it is lost. */
-export class Up {
+export class Up implements Above {
   readonly address: Address;
   readonly name: string;
+  readonly tls: boolean;
   readonly #options: UpOptions;
   readonly #ended = new AbortController();
   #connection: Connection | undefined;
@@ -150,34 +216,24 @@ export class Up {
   #heardAt = 0;
   #last = 0;
   readonly #waiting = new Map<number, Proposed["answer"]>();
-  /** The servers above. */
   chain: string[] = [];
-  /** Who is heard of there; undefined until it has said so. */
   nodes: string[] | undefined;
-  revision = 0;
   received = 0;
   problem: string | undefined = "not joined yet";
 
   constructor(options: UpOptions) {
     this.#options = options;
     this.address = options.address;
+    this.tls = options.address.tls === true;
     this.name = formatAddress(options.address.host, options.address.port);
   }
 
-  async run(): Promise<void> {
-    for (let failures = 0; !this.#ended.signal.aborted; failures++) {
-      try {
-        await this.#join();
-      } catch (error) {
-        if (this.#ended.signal.aborted) return;
-        if (!(error instanceof RepriseError)) throw error;
-        if (this.#isJoined) failures = 0;
-        this.#drop();
-        this.#options.onLost(error);
-        const ms = Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** failures);
-        await sleep(ms * (0.75 + Math.random() / 2), this.#ended.signal).catch(() => {});
-      }
-    }
+  run(): Promise<void> {
+    const lost = (error: RepriseError) => {
+      this.#drop();
+      this.#options.onLost(error);
+    };
+    return keepJoined(this.#ended.signal, (joined) => this.#join(joined), lost);
   }
 
   read(after: number): void {
@@ -201,7 +257,7 @@ export class Up {
     }
   }
 
-  onDecided(id: number, decisions: Decision[]): void {
+  #onDecided({ id, decisions }: Extract<FromMaster, { kind: "decided" }>): void {
     this.#waiting.get(id)?.(decisions);
     this.#waiting.delete(id);
   }
@@ -233,10 +289,11 @@ export class Up {
     this.#connection?.close();
     this.#connection = undefined;
     this.#isJoined = false;
+    this.nodes = [];
     this.#waiting.clear();
   }
 
-  async #join(): Promise<void> {
+  async #join(joined: () => void): Promise<never> {
     const { join, onJoined, onMessage } = this.#options;
     const { signal } = this.#ended;
     this.#connection = await open({ ...this.#options, ...this.address, timeoutMs: REFUSAL_MS, signal }, join());
@@ -247,9 +304,16 @@ export class Up {
         this.#isJoined = true;
         this.#connection.timeoutMs = LEASE_MS;
         this.problem = undefined;
+        this.chain = [message.node];
+        this.nodes = undefined;
+        joined();
         onJoined(message);
-      } else if (this.#isJoined) onMessage(message);
-      else throw new RepriseError("bad_frame");
+      } else if (!this.#isJoined) throw new RepriseError("bad_frame");
+      else if (message.kind === "decided") this.#onDecided(message);
+      else {
+        if (message.kind === "alive") [this.chain, this.nodes] = [message.chain, message.nodes];
+        onMessage(message);
+      }
     }
   }
 }
@@ -313,13 +377,15 @@ export async function call({ node, ...options }: OpenOptions & { node: string })
   }
 }
 
-/** As many of a stretch's records as fit into a frame. */
+/** As many of a stretch's records as fit into a frame; those of one revision always do. */
 export function cut(stretch: Stretch): Stretch {
   let characters = 0;
-  const end = stretch.records.findIndex(({ path }) => {
+  let end = stretch.records.findIndex(({ path }) => {
     characters += 200 + JSON.stringify(path).length;
     return characters > STRETCH_CHARACTERS;
   });
+  // Those of one revision go together: whoever has come to it has all of them.
+  while (end > 0 && stretch.records[end]!.revision === stretch.records[end - 1]!.revision) end--;
   if (end <= 0) return stretch;
   const records = stretch.records.slice(0, end);
   return { ...stretch, records, revision: records.at(-1)!.revision, ...(stretch.snapshot && { snapshot: "part" }) };
@@ -352,6 +418,7 @@ export function readFromMember(message: Fields): FromMember {
       isHost(message.host) &&
       isWord(message.node, message.secret) &&
       isCount(message.version, message.port) &&
+      isText(message.store) &&
       (message.below === undefined || isList(message.below, isText))) ||
     (kind === "call" && isText(message.node)) ||
     (kind === "read" && isCount(message.after)) ||

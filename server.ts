@@ -37,6 +37,7 @@ import {
 import { accept, type Connection, formatAddress, isEverywhere, isLoopback, listen } from "./connection.ts";
 import {
   addressOf,
+  FOLDER_STORE,
   type ForWorker,
   type FromWorker,
   Hub,
@@ -44,13 +45,14 @@ import {
   type KeeperSettings,
   LEDGER,
   Restarts,
+  storeOf,
 } from "./hub.ts";
 import { log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
 import { DEFAULT_PORT, encodeError, MAX_HELLO_BYTES, quote, RepriseError } from "./protocol.ts";
 import { readCertificateOf, readSecrets, readTokensOf, type Secrets } from "./secrets.ts";
 import { Session, type Settings, STAGED_DESCRIPTORS, uploadPool, type Worker } from "./session.ts";
-import { openFolder } from "./storage.ts";
+import { noRoot, openFolder } from "./storage.ts";
 import { notify, notifyReloading } from "./systemd.ts";
 import { Tokens, token } from "./tokens.ts";
 
@@ -79,11 +81,12 @@ type Order = "drain" | "stop" | { secrets: Secrets };
 
 /** Serves until a signal comes or the supervisor is gone, once that has said with which secrets. */
 function work(settings: Settings): void {
-  const hub = new Hub(settings, (message) => process.send?.(message));
+  const isReplicated = storeOf(settings.root) === FOLDER_STORE && !settings.redirectOnly;
+  const hub = new Hub({ ...settings, isReplicated }, (message) => process.send?.(message));
   const etags = hub.versions;
   const worker: Worker = {
     settings,
-    root: openFolder(settings.root, etags),
+    root: settings.redirectOnly ? noRoot() : openFolder(settings.root, etags),
     changes: settings.writable ? openChanges(settings.root, { ...settings, etags }) : undefined,
     gate: new Gate((question) => process.send?.(question)),
     hub,
@@ -229,7 +232,7 @@ async function keepUp(settings: KeeperSettings): Promise<void> {
 // ---------------------------------------------------------------------------------------------------- supervisor
 
 /** What only the keeper has to know. */
-type Membership = Pick<KeeperSettings, "join" | "advertise" | "token" | "ca">;
+type Membership = Pick<KeeperSettings, "join" | "cluster" | "advertise" | "token" | "ca">;
 
 /** Starts the workers and keeps them going until a signal comes; resolves with the exit status. */
 class Supervisor {
@@ -249,10 +252,10 @@ class Supervisor {
   /** Throws as `readSecrets`. */
   constructor(settings: Omit<Settings, "worker">, membership: Membership) {
     this.#settings = settings;
-    const { root, host, tls, keepFree, log } = settings;
+    const { root, host, tls, keepFree, redirectOnly, log } = settings;
     this.#keeper = new KeeperHost(
       import.meta.path,
-      () => ({ root, host, port: settings.port, tls: tls !== undefined, keepFree, log, ...membership }),
+      () => ({ root, host, port: settings.port, tls: tls !== undefined, keepFree, redirectOnly, log, ...membership }),
       (worker, message) => this.#tellOf(worker, message),
     );
     this.#secrets = readSecrets(settings);
@@ -473,6 +476,12 @@ export const main = command({
     "tls-cert": { type: "string", valueHint: "file", description: "Speak TLS: certificate and its chain, PEM" },
     "tls-key": { type: "string", valueHint: "file", description: "The certificate's key, PEM" },
     join: { type: "string", valueHint: "host:port", description: "Share the files of that server, and its clients" },
+    cluster: {
+      type: "string",
+      valueHint: "etcd://host:port/name",
+      description: "Share the files of all servers that name the same ledger",
+    },
+    "redirect-only": { type: "boolean", description: "With --cluster: have no files, only send clients on" },
     advertise: {
       type: "string",
       valueHint: "host:port",
@@ -530,24 +539,38 @@ export const main = command({
   async run({ args }) {
     const settings = settingsFrom(args as unknown as Args);
     const membership = await membershipFrom(args as unknown as Args);
-    openFolder(settings.root).close();
-    if (settings.writable || membership.join !== undefined) checkWritable(settings.root, membership.join);
+    if (!settings.redirectOnly) openFolder(settings.root).close();
+    const option =
+      membership.join !== undefined ? "--join" : membership.cluster !== undefined ? "--cluster" : "--writable";
+    if (!settings.redirectOnly && (settings.writable || option !== "--writable")) checkWritable(settings.root, option);
     try {
+      if (membership.cluster !== undefined) await checkCluster(membership.cluster, settings);
       process.exitCode = await new Supervisor(settings, membership).run();
     } catch (error) {
-      if (!(error instanceof PortTaken)) throw error;
+      if (!(error instanceof PortTaken) && !(error instanceof NoCluster)) throw error;
       say("error", error.message);
       process.exitCode = 1;
     }
   },
 });
 
-function checkWritable(root: string, join?: string): void {
+/** Whether the ledger can be asked, and is for servers like this one. Throws `NoCluster`. */
+async function checkCluster(cluster: string, { root, redirectOnly }: Omit<Settings, "worker">): Promise<void> {
+  const { checkLedger } = await import("./quorum.ts");
+  try {
+    await checkLedger(cluster, redirectOnly ? undefined : storeOf(root));
+  } catch (error) {
+    throw new NoCluster(error instanceof RepriseError ? error.message : String(error), { cause: error });
+  }
+}
+
+class NoCluster extends Error {}
+
+function checkWritable(root: string, option: string): void {
   try {
     openChanges(root).close();
   } catch (error) {
     const why = (error as NodeJS.ErrnoException).code ?? String(error);
-    const option = join === undefined ? "--writable" : "--join";
     const what = `${quote(root)} cannot be written (${why}); start without ${option} to only serve it`;
     throw new RepriseError("refused", what, error);
   }
@@ -565,7 +588,8 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
   return {
     workers,
     root: String(args.root),
-    clustered: args.join !== undefined || existsSync(`${args.root}/${LEDGER}`),
+    clustered: args.join !== undefined || args.cluster !== undefined || existsSync(`${args.root}/${LEDGER}`),
+    redirectOnly: redirectOnlyOf(args),
     host: String(args.host),
     port: numberOption(args, "port", { min: 0, max: 65_535 }),
     ...connectionsOf(args, workers),
@@ -582,6 +606,13 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
   };
 }
 
+function redirectOnlyOf(args: Args): boolean {
+  const isOnly = args["redirect-only"] === true;
+  if (isOnly && args.cluster === undefined) throw usage("--redirect-only needs --cluster");
+  if (isOnly && args.writable === true) throw usage("--redirect-only and --writable exclude each other");
+  return isOnly;
+}
+
 function accessFrom(args: Args): Pick<Settings, "writable" | "anonymousWrite" | "tokens" | "tls"> {
   const file = (name: string) => args[name] as string | undefined;
   const [tokens, cert, key] = [file("tokens"), file("tls-cert"), file("tls-key")];
@@ -595,13 +626,15 @@ function accessFrom(args: Args): Pick<Settings, "writable" | "anonymousWrite" | 
 
 /** What is said of a cluster. The client's part that reads it is loaded where it is needed, and by no worker. */
 async function membershipFrom(args: Args): Promise<Membership> {
-  const { join, advertise } = args as { join?: string; advertise?: string };
+  const { join, cluster, advertise } = args as { join?: string; cluster?: string; advertise?: string };
+  if (join !== undefined && cluster !== undefined) throw usage("--join and --cluster exclude each other");
   if (join === undefined && args["token-file"] !== undefined) throw usage("--token-file is for --join");
   const { credentialsOf } = await import("./context.ts");
   // Without a server to join, a token in the environment is somebody else's.
   const { token, ca } = join === undefined && !args.ca && !process.env.REPRISE_CA ? {} : credentialsOf(args);
   return {
     join: join === undefined ? undefined : await serverToJoin(join),
+    cluster: cluster === undefined ? undefined : await checkedCluster(cluster, args),
     advertise: advertise === undefined ? undefined : checkAdvertised(advertise),
     token: join === undefined ? undefined : token,
     ca,
@@ -618,6 +651,15 @@ async function serverToJoin(text: string): Promise<string> {
   } catch {
     throw wrong;
   }
+}
+
+/** Members tell each other where clients reach them. */
+async function checkedCluster(text: string, { host, advertise }: Args): Promise<string> {
+  const { parseCluster } = await import("./etcd.ts");
+  parseCluster(text);
+  if (advertise === undefined && isEverywhere(String(host)))
+    throw usage("--cluster with --host 0.0.0.0 needs --advertise host:port, where clients reach this server");
+  return text;
 }
 
 /** Clients are sent there, and so it is an address, and whole. */

@@ -100,6 +100,8 @@ export interface Settings extends SecretFiles {
   anonymousWrite: boolean;
   /** It is, or was, in a cluster: see `Hub`. */
   clustered: boolean;
+  /** It has no files, and only sends clients on. */
+  redirectOnly: boolean;
   log: LogFormat;
 }
 
@@ -318,10 +320,12 @@ export class Session {
   async #sendOn(): Promise<boolean> {
     if (this.#token?.access === "replica") return false;
     const address = await this.#worker.hub.next();
+    if (!address && this.#worker.settings.redirectOnly)
+      throw new RepriseError("busy", "no server of the cluster is there to be sent to");
     if (!address) return false;
     const to = formatAddress(address.host, address.port);
     log(this.#worker.settings, { event: "redirect", status: "ok", to, ...this.#who });
-    await this.#connection.send(encodeRedirect(address.host, address.port));
+    await this.#connection.send(encodeRedirect(address.host, address.port, address.isEqual));
     return true;
   }
 
@@ -384,6 +388,8 @@ export class Session {
     const { settings, tokens } = this.#worker;
     if (tokens && this.#token?.access !== "write") return this.#denial();
     if (!this.#changes) return readOnly("the server is read-only; started with --writable it takes changes");
+    const { refusal } = this.#worker.hub.cluster ?? {};
+    if (refusal !== undefined) return new RepriseError("busy", refusal);
     if (tokens || settings.anonymousWrite || isLoopback(this.#peer)) return undefined;
     return readOnly("without a token only this machine may change files; --tokens or --anonymous-write opens it");
   }
@@ -719,7 +725,7 @@ export class Session {
     if (place === undefined) return false;
     if (place === "gone") throw new RepriseError("not_found", `not found: ${quote(path)}`);
     this.#sentTo = formatAddress(place.host, place.port);
-    await this.#connection.send(encodeRedirect(place.host, place.port));
+    await this.#connection.send(encodeRedirect(place.host, place.port, true));
     return true;
   }
 
@@ -894,6 +900,9 @@ function describe({ settings, sessions, startedAt, hub }: Worker, token: Token |
     master,
     revision,
     problem: seesAll ? problem : undefined,
-    replicas: seesAll ? replicas : replicas.map((replica) => ({ ...replica, problem: undefined })),
+    replicas: replicas.map(({ isEqual, problem, ...replica }) => ({
+      ...replica,
+      problem: seesAll ? problem : undefined,
+    })),
   };
 }

@@ -106,6 +106,22 @@ export function openFolder(path: string, etags?: Etags): Root {
   }
 }
 
+/** Of a server that only sends clients on: whoever asks it for a file all the same is to come back. */
+export function noRoot(): Root {
+  const refuse = (): never => {
+    throw new RepriseError("busy", "this server only sends clients on; ask the one that it names");
+  };
+  return {
+    stat: refuse,
+    open: refuse,
+    readNow: refuse,
+    list: refuse,
+    look: refuse,
+    beneath: refuse,
+    close() {},
+  };
+}
+
 /** Names that the server keeps to itself: its own folder, and files that are not finished. */
 export function isHidden(name: string): boolean {
   return name === ".reprise" || name.startsWith(".reprise-") || name.endsWith(".part");

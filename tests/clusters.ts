@@ -1,4 +1,4 @@
-/** A master and servers that have joined it, for the tests: each a real server on its own root. */
+/** A master and servers that have joined it, or equals of one ledger, for the tests: each a real server on its own root. */
 import { join } from "node:path";
 import { Remote } from "../client.ts";
 import type { ClusterState, MemberStatus } from "../hub.ts";
@@ -39,22 +39,20 @@ export interface ClusterOptions {
   env?: Record<string, string>;
   /** Where the roots are made. */
   parent?: string | undefined;
+  /** Of a ledger outside, `etcd://…`: all are equals then, the "master" only the first of them. */
+  ledger?: string | undefined;
 }
 
 export async function startCluster(options: ClusterOptions = {}): Promise<Cluster> {
-  const { replicas = 2, files = {}, args = ["--writable"], env = {} } = options;
+  const { replicas = 2, files = {}, args = ["--writable"], env = {}, ledger } = options;
   const folder = makeRoot({}, options.parent);
   const nodes: Node[] = [];
   const add = async (content: Files = {}, master?: Node, more: string[] = []) => {
     const name = String.fromCharCode(65 + nodes.length);
     const root = join(folder.path, name);
     writeTree(root, { "./": "", ...content });
-    const node = await startNode(
-      name,
-      root,
-      [...args, ...(master ? ["--join", master.server.address] : []), ...more],
-      env,
-    );
+    const above = ledger ? ["--cluster", ledger] : master ? ["--join", master.server.address] : [];
+    const node = await startNode(name, root, [...args, ...above, ...more], env);
     nodes.push(node);
     return node;
   };
@@ -69,8 +67,8 @@ export async function startCluster(options: ClusterOptions = {}): Promise<Cluste
     add: (content, of = master, more) => add(content, of, more),
     live: async (count = nodes.length - 1) => {
       await waitFor(`${count} are live`, async () => {
-        const { replicas } = await master.status();
-        return replicas.filter(({ state }) => state === "live").length === count;
+        const statuses = await Promise.all((ledger ? nodes : [master]).map((node) => node.status()));
+        return statuses.every(({ replicas }) => replicas.filter(({ state }) => state === "live").length === count);
       });
     },
     settled: (some = nodes) => settled(some),

@@ -25,6 +25,7 @@ import {
   type ClusterState,
   type ForKeeper,
   type FromKeeper,
+  type MemberStatus,
   Rotation,
   Versions,
   withTargets,
@@ -279,7 +280,7 @@ function tokensFile(path: string): { path: string; readonly ann: string; readonl
 
 // ---------------------------------------------------------------------------------------------------- rotation
 
-const member = (port: number, state: "live" | "gone" = "live") => ({
+const member = (port: number, state: MemberStatus["state"] = "live") => ({
   node: `n${port}`,
   address: `127.0.0.1:${port}`,
   state,
@@ -355,11 +356,19 @@ describe("clients are sent on", () => {
 test("Rotation.next() goes on with whom is left when one goes, and comes back to who returns", () => {
   const rotation = new Rotation();
   const [a, b, c] = [member(1), member(2), member(3)];
-  const turns = (members: (typeof a)[]) => members.map(() => rotation.next(members));
+  const turns = (replicas: MemberStatus[]) => replicas.map(() => rotation.next({ replicas })?.address);
   expect(turns([a, b, c])).toEqual(["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]);
-  expect(rotation.next([{ ...a, state: "gone" }])).toBeUndefined();
+  expect(rotation.next({ replicas: [{ ...a, state: "gone" }] })).toBeUndefined();
   expect(new Set(turns([a, { ...b, state: "gone" }, c]))).toEqual(new Set(["127.0.0.1:1", "127.0.0.1:3"]));
   expect(turns([a, b, c])).toHaveLength(3);
+});
+
+test("Rotation.next() among equals takes its own turn, as often as each of them", () => {
+  const rotation = new Rotation();
+  const replicas = [member(1), { ...member(2), isEqual: true }, { ...member(3, "joining"), isEqual: true }];
+  const turns = Array.from({ length: 9 }, () => rotation.next({ replicas, takesTurn: true })?.address);
+  expect(turns.slice(0, 3)).toEqual(["127.0.0.1:1", "127.0.0.1:2", undefined]);
+  expect(turns.slice(3)).toEqual([...turns.slice(0, 3), ...turns.slice(0, 3)]);
 });
 
 test("addressOf() takes host and port, and nothing else", () => {
@@ -917,6 +926,7 @@ test("the keeper is told how to join", async () => {
   const [told] = await waitFor("there is a keeper", () => keepers.told[0]?.[0] && keepers.told[0]);
   expect(told!.settings).toEqual({
     root: tree.path,
+    redirectOnly: false,
     host: "127.0.0.1",
     port: server.port,
     tls: false,

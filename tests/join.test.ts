@@ -201,6 +201,7 @@ function startNode(node: string): FakeServer {
 const joinOf = (node: string, port: number) => ({
   kind: "join",
   version: LINK_VERSION,
+  store: "folder",
   node,
   host: HOST,
   port,

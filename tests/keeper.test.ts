@@ -19,7 +19,16 @@ import { childrenOf, makeRoot, runClient, startFakeServer, startServer, TEST_MS,
 setDefaultTimeout(TEST_MS);
 
 function joinOf(node: string, port: number): Join {
-  return { kind: "join", version: 1, node, host: "127.0.0.1", port, secret: "s".repeat(43), below: [] };
+  return {
+    kind: "join",
+    version: 1,
+    store: "folder",
+    node,
+    host: "127.0.0.1",
+    port,
+    secret: "s".repeat(43),
+    below: [],
+  };
 }
 
 /** What a server answers to who joins it with a token. */
@@ -45,7 +54,7 @@ const SHA = "a".repeat(64);
 const file = { kind: "file", size: 1, mtime: 1, sha256: SHA };
 
 describe("a LINK that is not what it should be", () => {
-  const join = { kind: "join", version: 1, node: "n", host: "", port: 1, secret: "s".repeat(43) };
+  const join = { kind: "join", version: 1, store: "folder", node: "n", host: "", port: 1, secret: "s".repeat(43) };
   const propose = (proposals: unknown) => ({ kind: "propose", id: 1, origin: "n", proposals });
   const stretch = (more: unknown) => ({ kind: "stretch", pruned: 0, stretch: more });
   const record = { ...file, path: "a", revision: 1, origin: "n", over: "" };
