@@ -51,7 +51,17 @@ import {
   splitPath,
   UNKNOWN_SIZE,
 } from "./protocol.ts";
-import { type Etags, errorCode, etagOf, isHidden, join, locateIn, metaOf, beneath as pathOf } from "./storage.ts";
+import {
+  type Etags,
+  errorCode,
+  etagOf,
+  isHidden,
+  join,
+  locateIn,
+  type MaybePromise,
+  metaOf,
+  beneath as pathOf,
+} from "./storage.ts";
 
 const STAGING = ".reprise";
 const NEW_FLAGS = constants.O_RDWR | constants.O_CREAT | constants.O_EXCL | constants.O_NOFOLLOW;
@@ -72,7 +82,9 @@ const MAX_DEPTH = 128;
 /** What even an empty file takes of a disk. */
 const BLOCK_BYTES = 4096;
 
-export type Change = Upload | Extract<Request, { action: "remove" | "move" | "mkdir" }> | Correction;
+type NameChange = Extract<Request, { action: "remove" | "move" | "mkdir" }>;
+export type Change = Upload | NameChange | Correction;
+export type FolderChange = FolderUpload | NameChange | Correction;
 /**
  * What the keeper of a cluster changes, each only where there still is the version `etag`: a file goes, or its name alone;
  * a folder, whose etag is "", goes only if it is empty.
@@ -82,6 +94,42 @@ export type Correction =
   | { action: "aside"; path: string; etag: string; to: string };
 /** What became of a change: the new version of an upload, nothing for others, or what was wrong. */
 export type Outcome = Meta | RepriseError | undefined;
+
+/** The writing side of a root, whatever that is on. */
+export interface Changes {
+  /** One of its folders as a root of its own, as that of `Root`, staged where all is. Not to be closed. */
+  beneath(folder: string): Changes;
+  /**
+   * Begins to take an upload. What is known to end in an error later is refused now. Throws `not_found` for the folder,
+   * `not_a_file`, `exists`, `changed`, `in_use`, `bad_range`, `too_large`, `no_room`.
+   */
+  receive(put: Put, isSmall: boolean): MaybePromise<Upload>;
+  /** Makes the changes in their order. Returns when all that succeeded are there to stay. */
+  apply(changes: Change[]): Promise<Outcome[]>;
+  /** Checksums of what is held of an upload, from its start. */
+  sums(id: string): AsyncIterable<{ length: number; crc32: number }>;
+  /** Removes what nobody will go on with: what was left by mistake, and uploads that are a week old. */
+  sweep(now?: number): Promise<void>;
+  close(): void;
+}
+
+/** A file on its way into the root. */
+export interface Upload {
+  readonly action: "put";
+  readonly request: Put;
+  /** Bytes held, from the start. */
+  readonly bytes: number;
+  /** Takes the chunk's memory over until it calls `free` with it. Throws `too_large`, `no_room`, `failed`. */
+  append(chunk: Uint8Array, crc32: number, free: Release): Promise<void>;
+  /** All of a small one. Throws as `append`. */
+  write(content: Uint8Array): void;
+  /** All that was appended is where it is to be staged. Throws as `append`. */
+  settle(): Promise<void>;
+  /** Forgets what is staged. */
+  drop(): MaybePromise<void>;
+  /** Lets go of it; what is staged stays for an upload that can go on. */
+  close(): void;
+}
 
 export interface ChangesOptions {
   /** The folder in the root where content is staged; hidden, see `isHidden`. */
@@ -99,18 +147,18 @@ export interface ChangesOptions {
 }
 type Wrap = (error: unknown, path: string) => RepriseError;
 
-/** A root that can be written, made if it is not there. Throws system errors. */
-export function openChanges(root: string, options: ChangesOptions = {}): Changes {
+/** A folder that can be written, made if it is not there. Throws system errors. */
+export function openChanges(root: string, options: ChangesOptions = {}): FolderChanges {
   const { staging = STAGING, wrap = errorOf, versions = true, etags, maxUpload = UNKNOWN_SIZE, keepFree = 0 } = options;
   mkdirSync(`${root}/${staging}`, { mode: 0o700, recursive: true });
   const flags = constants.O_RDONLY | constants.O_DIRECTORY;
   const rootFd = openSync(root, flags);
   const stagingFd = openSync(`${root}/${staging}`, flags | constants.O_NOFOLLOW);
   const limits = { maxBytes: maxUpload, room: keepFree > 0 ? new Room(stagingFd, keepFree) : undefined };
-  return new Changes(rootFd, stagingFd, wrap, versions, etags, limits);
+  return new FolderChanges(rootFd, stagingFd, wrap, versions, etags, limits);
 }
 
-export class Changes {
+export class FolderChanges implements Changes {
   readonly #root: number;
   readonly #staging: string;
   readonly #stagingFd: number;
@@ -147,17 +195,12 @@ export class Changes {
     this.#inMemory = isInMemory(staging);
   }
 
-  /** One of its folders as a root of its own, as that of `Root`, staged where all is. Not to be closed. */
-  beneath(folder: string): Changes {
+  beneath(folder: string): FolderChanges {
     const below = { folder, lock: this.#lock };
-    return new Changes(this.#root, this.#stagingFd, this.#wrap, this.#versions, this.#etags, this.#limits, below);
+    return new FolderChanges(this.#root, this.#stagingFd, this.#wrap, this.#versions, this.#etags, this.#limits, below);
   }
 
-  /**
-   * Begins to take an upload. What is known to end in an error later is refused now. Throws `not_found` for the folder,
-   * `not_a_file`, `exists`, `changed`, `in_use`, `bad_range`, `too_large`, `no_room`.
-   */
-  receive(put: Put, isSmall: boolean): Upload {
+  receive(put: Put, isSmall: boolean): FolderUpload {
     if (!isSmall) this.#check(put);
     if (put.id !== "" && !/^[0-9a-f]{32}$/.test(put.id)) throw new RepriseError("refused", "refused: not an upload id");
     const name = put.id === "" ? `${this.#anonymous}-${++this.#count}` : `put-${put.id}`;
@@ -168,7 +211,7 @@ export class Changes {
         if (put.id !== "") removeUpload(staged.path);
         throw tooLarge(put, this.#limits.maxBytes);
       }
-      return Upload.open(put, staged, this.#wrap, this.#limits);
+      return FolderUpload.open(put, staged, this.#wrap, this.#limits);
     } catch (error) {
       throw this.#wrap(error, put.path);
     }
@@ -193,7 +236,7 @@ export class Changes {
    * Makes the changes in their order, but for those that are no longer wanted when their turn comes: these are `changed`.
    * Returns when all that succeeded are on disk.
    */
-  async apply(changes: Change[], isWanted: (at: number) => boolean = () => true): Promise<Outcome[]> {
+  async apply(changes: FolderChange[], isWanted: (at: number) => boolean = () => true): Promise<Outcome[]> {
     const outcomes: Outcome[] = await this.#syncContents(changes);
     let at = 0;
     try {
@@ -209,7 +252,7 @@ export class Changes {
   /** Makes as many as there are folders for, and syncs these; returns where to go on. */
   async #applyFrom(
     start: number,
-    changes: Change[],
+    changes: FolderChange[],
     outcomes: Outcome[],
     isWanted: (at: number) => boolean,
   ): Promise<number> {
@@ -230,7 +273,6 @@ export class Changes {
     }
   }
 
-  /** Checksums of what is held of an upload, from its start. */
   async *sums(id: string): AsyncGenerator<{ length: number; crc32: number }> {
     let fd: number;
     try {
@@ -289,35 +331,35 @@ export class Changes {
     return () => unlock(this.#lock, this.#lockPath);
   }
 
-  async #syncContents(changes: Change[]): Promise<Outcome[]> {
-    const outcomes: Outcome[] = changes.map((change) => (change instanceof Upload ? change.prepare() : undefined));
+  async #syncContents(changes: FolderChange[]): Promise<Outcome[]> {
+    const outcomes: Outcome[] = changes.map((change) => (isUpload(change) ? change.prepare() : undefined));
     if (this.#inMemory) return outcomes;
-    const staged = [...changes.entries()].filter(([index, change]) => change instanceof Upload && !outcomes[index]);
-    const failures = await syncTogether(staged.map(([, change]) => (change as Upload).fd));
+    const staged = [...changes.entries()].filter(([index, change]) => isUpload(change) && !outcomes[index]);
+    const failures = await syncTogether(staged.map(([, change]) => (change as FolderUpload).fd));
     for (const [at, [index, change]] of staged.entries()) {
       if (!failures[at]) continue;
       // What the disk has of it is not known: nothing to go on with.
-      (change as Upload).drop();
-      outcomes[index] = this.#wrap(failures[at], (change as Upload).request.path);
+      (change as FolderUpload).drop();
+      outcomes[index] = this.#wrap(failures[at], (change as FolderUpload).request.path);
     }
     return outcomes;
   }
 
   /** Of the changes from `start` to `end`. */
-  async #syncFolders(folders: Folders, changes: Change[], outcomes: Outcome[], start: number, end: number) {
+  async #syncFolders(folders: Folders, changes: FolderChange[], outcomes: Outcome[], start: number, end: number) {
     const failures = await syncTogether(folders.touched);
     const failure = failures.find(Boolean);
     if (!failure) return;
     for (const [offset, change] of changes.slice(start, end).entries()) {
       if (outcomes[start + offset] instanceof RepriseError) continue;
       outcomes[start + offset] = this.#wrap(failure, pathOfChange(change));
-      if (change instanceof Upload) change.doubt();
+      if (isUpload(change)) change.doubt();
     }
   }
 
-  #make(change: Change, folders: Folders): Outcome {
+  #make(change: FolderChange, folders: Folders): Outcome {
     try {
-      if (change instanceof Upload) return this.#place(change, folders);
+      if (isUpload(change)) return this.#place(change, folders);
       if (change.action === "remove") return this.#remove(change.path, change.recursive, folders);
       if (change.action === "move") return this.#move(change.path, change.to, change.overwrite, folders);
       if (change.action === "clear") return this.#clear(change.path, change.etag, folders);
@@ -365,7 +407,7 @@ export class Changes {
     return this.#etags ? this.#etags.of(join(this.#folder, path), etag) : etag;
   }
 
-  #place(upload: Upload, folders: Folders): Meta {
+  #place(upload: FolderUpload, folders: Folders): Meta {
     const { request, staged, fd } = upload;
     if (request.parents) this.#makeParents(request.path, folders);
     const place = folders.parentOf(request.path);
@@ -452,7 +494,7 @@ export class Changes {
   }
 }
 
-function superseded(change: Change): RepriseError {
+function superseded(change: FolderChange): RepriseError {
   return new RepriseError("changed", `superseded: ${quote(pathOfChange(change))}`);
 }
 
@@ -516,8 +558,7 @@ class Room {
   }
 }
 
-/** A file on its way into the root. */
-export class Upload {
+export class FolderUpload implements Upload {
   readonly action = "put";
   readonly request: Put;
   readonly staged: Place;
@@ -532,8 +573,8 @@ export class Upload {
   placed = false;
 
   /** Throws `in_use`, `bad_range`, `no_room`, and system errors. */
-  static open(request: Put, staged: Place, wrap: Wrap, limits: Limits): Upload {
-    const upload = Upload.#open(request, staged, wrap, limits);
+  static open(request: Put, staged: Place, wrap: Wrap, limits: Limits): FolderUpload {
+    const upload = FolderUpload.#open(request, staged, wrap, limits);
     const { size, offset } = request;
     const isKnown = size !== UNKNOWN_SIZE;
     try {
@@ -546,10 +587,10 @@ export class Upload {
     }
   }
 
-  static #open(request: Put, staged: Place, wrap: Wrap, limits: Limits): Upload {
+  static #open(request: Put, staged: Place, wrap: Wrap, limits: Limits): FolderUpload {
     if (request.id === "" && request.offset > 0) throw notHeld(request);
     // A name that nobody else can have needs no lock.
-    if (request.id === "") return new Upload(request, staged, create(staged), wrap, limits);
+    if (request.id === "") return new FolderUpload(request, staged, create(staged), wrap, limits);
     const fd = openLocked(staged.path);
     try {
       const { size } = fstatSync(fd);
@@ -558,7 +599,7 @@ export class Upload {
         throw notHeld(request);
       }
       ftruncateSync(fd, request.offset);
-      return new Upload(request, staged, fd, wrap, limits);
+      return new FolderUpload(request, staged, fd, wrap, limits);
     } catch (error) {
       unlock(fd, staged.path);
       closeSync(fd);
@@ -577,12 +618,10 @@ export class Upload {
     this.#queue = new WriteQueue(fd, { seekable: true, wrap: wrapHere, bytes: request.offset });
   }
 
-  /** Bytes held, from the start. */
   get bytes(): number {
     return this.#queue.bytes;
   }
 
-  /** Takes the chunk's memory over until it calls `free` with it. Throws `too_large`, `no_room`, `failed`. */
   async append(chunk: Uint8Array, crc32: number, free: Release): Promise<void> {
     const { length } = chunk;
     this.#taken += length;
@@ -606,7 +645,6 @@ export class Upload {
     this.#unwritten -= bytes;
   }
 
-  /** All of a small one. Throws as `append`. */
   write(content: Uint8Array): void {
     const { room } = this.#limits;
     const bytes = Math.max(1, Math.ceil(content.length / BLOCK_BYTES)) * BLOCK_BYTES;
@@ -620,7 +658,7 @@ export class Upload {
     }
   }
 
-  /** All that was appended is with the operating system. Throws as `append`. */
+  /** It is with the operating system. */
   settle(): Promise<void> {
     return this.#queue.settle();
   }
@@ -646,13 +684,11 @@ export class Upload {
     }
   }
 
-  /** Forgets what is staged. */
   drop(): void {
     if (!this.placed) removeIfThere(this.staged.path);
     this.placed = true;
   }
 
-  /** Lets go of it; what is staged stays for an upload that can go on. */
   close(): void {
     this.#leaveRoom(this.#unwritten);
     try {
@@ -679,8 +715,12 @@ function create({ folder, name, path }: Place): number {
   return fd >= 0 ? fd : openSync(path, NEW_FLAGS, 0o666);
 }
 
-function pathOfChange(change: Change): string {
-  return change instanceof Upload ? change.request.path : change.path;
+function isUpload(change: FolderChange): change is FolderUpload {
+  return change.action === "put";
+}
+
+function pathOfChange(change: FolderChange): string {
+  return isUpload(change) ? change.request.path : change.path;
 }
 
 /** Folders that all groups of a process have open. */

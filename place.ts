@@ -6,7 +6,7 @@
  * says what comes of that. What cannot be done is tried again later, and said in `status` until then.
  */
 import { fstatSync } from "node:fs";
-import { type Change, type Changes, type Outcome, PUT_AGAIN, type Upload } from "./changes.ts";
+import { type FolderChange, type FolderChanges, type FolderUpload, type Outcome, PUT_AGAIN } from "./changes.ts";
 import { say } from "./command.ts";
 import { nextTurn } from "./connection.ts";
 import { readFully, setTime } from "./disk.ts";
@@ -18,7 +18,7 @@ import { MAX_CONTENT_BYTES, type Meta, type Put, quote, RepriseError, TO_THE_END
 import type { Remote } from "./remote.ts";
 import { conflictName, type Entry, type Event, isWanted, type State } from "./replica.ts";
 import type { Target } from "./resume.ts";
-import { errorCode, metaOf, type Root } from "./storage.ts";
+import { errorCode, type Folder, metaOf } from "./storage.ts";
 
 /** Records that are gone about together. */
 const MAX_ROUND = 256;
@@ -44,8 +44,8 @@ export function digestEtag(sha256: string): string {
 }
 
 export interface PlacerOptions {
-  root: Root;
-  changes: Changes;
+  root: Folder;
+  changes: FolderChanges;
   index: Index;
   state: State;
   /** Where a record's content may be had, the likeliest first. */
@@ -225,7 +225,7 @@ export class Placer {
 
   async #placeFiles(all: Want[]): Promise<void> {
     const wants = await this.#withoutFolders(all);
-    const staged: { want: Want; upload: Upload }[] = [];
+    const staged: { want: Want; upload: FolderUpload }[] = [];
     const toFetch = new Map<string, Fetch[]>();
     const failed = (want: Want, error: unknown) => this.#failed(want, error);
     for (const want of wants) {
@@ -235,7 +235,7 @@ export class Placer {
         if (upload) staged.push({ want, upload });
         else {
           const { changes } = this.#options;
-          const take = (upload: Upload) => void staged.push({ want, upload });
+          const take = (upload: FolderUpload) => void staged.push({ want, upload });
           const holder = this.#holderOf(want);
           toFetch.set(holder, [
             ...(toFetch.get(holder) ?? []),
@@ -281,7 +281,7 @@ export class Placer {
   async #placeLarge(want: Want): Promise<void> {
     const { path } = want.record;
     this.#large.set(path, want);
-    let upload: Upload | undefined;
+    let upload: FolderUpload | undefined;
     try {
       if ((await this.#withoutFolders([want])).length === 0) return;
       if (await this.#retime(want)) return;
@@ -296,7 +296,7 @@ export class Placer {
     }
   }
 
-  async #download(want: Want): Promise<Upload> {
+  async #download(want: Want): Promise<FolderUpload> {
     const { record } = want;
     const { changes } = this.#options;
     const id = digestEtag(record.sha256);
@@ -343,7 +343,7 @@ export class Placer {
   }
 
   /** Content that the tree has under another name moves no bytes between members. */
-  async #copy(want: Want): Promise<Upload | undefined> {
+  async #copy(want: Want): Promise<FolderUpload | undefined> {
     const { index } = this.#options;
     for (const entry of index.withContent(want.record.sha256)) {
       const upload = await this.#copyFrom(entry, want);
@@ -352,11 +352,11 @@ export class Placer {
     return undefined;
   }
 
-  async #copyFrom({ path, etag }: Entry, want: Want): Promise<Upload | undefined> {
+  async #copyFrom({ path, etag }: Entry, want: Want): Promise<FolderUpload | undefined> {
     const { root, changes } = this.#options;
     if (root.look(path)?.etag !== etag) return undefined;
     const file = await root.open(path);
-    let upload: Upload | undefined;
+    let upload: FolderUpload | undefined;
     try {
       const { size } = file.meta;
       if (file.meta.etag !== etag || size !== want.record.size) return undefined;
@@ -413,7 +413,7 @@ export class Placer {
   // ------------------------------------------------------------------------------------------------ outcomes
 
   /** Makes the changes of what is still wanted: something may have come since that has taken its place. */
-  async #apply(all: Want[], changesOfAll: Change[]): Promise<void> {
+  async #apply(all: Want[], changesOfAll: FolderChange[]): Promise<void> {
     const still = [...all.entries()].filter(([, want]) => this.#isWanted(want));
     if (still.length === 0) return;
     const wants = still.map(([, want]) => want);
@@ -428,7 +428,7 @@ export class Placer {
     }
   }
 
-  async #applyNow(wants: Want[], changes: Change[]): Promise<void> {
+  async #applyNow(wants: Want[], changes: FolderChange[]): Promise<void> {
     const outcomes = await this.#make(changes, (at) => this.#isWanted(wants[at]!));
     const events: Event[] = [];
     for (const [index, want] of wants.entries()) {
@@ -442,7 +442,7 @@ export class Placer {
   }
 
   /** Each has its outcome, whatever happens. */
-  #make(changes: Change[], isWanted?: (at: number) => boolean): Promise<Outcome[]> {
+  #make(changes: FolderChange[], isWanted?: (at: number) => boolean): Promise<Outcome[]> {
     return this.#options.changes.apply(changes, isWanted).catch((error) => changes.map(() => error as RepriseError));
   }
 
@@ -547,18 +547,18 @@ const NOWHERE: ReadonlySet<string> = new Set(["not_found", "lost"]);
 
 /** A small file on its way here. */
 class Fetch implements Exchange {
-  readonly #changes: Changes;
+  readonly #changes: FolderChanges;
   readonly #put: Put;
   readonly #want: Want;
-  readonly #take: (upload: Upload) => void;
+  readonly #take: (upload: FolderUpload) => void;
   readonly #onFailure: (want: Want, error: unknown) => void;
   #isDone = false;
 
   constructor(
-    changes: Changes,
+    changes: FolderChanges,
     put: Put,
     want: Want,
-    take: (upload: Upload) => void,
+    take: (upload: FolderUpload) => void,
     onFailure: (want: Want, error: unknown) => void,
   ) {
     this.#changes = changes;
@@ -609,7 +609,7 @@ class Fetch implements Exchange {
     this.#isDone = true;
   }
 
-  #keep(write: (upload: Upload) => void): void {
+  #keep(write: (upload: FolderUpload) => void): void {
     const upload = this.#changes.receive(this.#put, true);
     try {
       write(upload);
@@ -627,11 +627,11 @@ class StagedTarget implements Target {
   readonly etag: string;
   readonly end = undefined;
   readonly restartable = true;
-  readonly #changes: Changes;
+  readonly #changes: FolderChanges;
   readonly #put: Put;
-  upload: Upload;
+  upload: FolderUpload;
 
-  constructor(changes: Changes, put: Put) {
+  constructor(changes: FolderChanges, put: Put) {
     this.#changes = changes;
     this.#put = put;
     this.etag = put.id;

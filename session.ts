@@ -6,7 +6,7 @@
  * changes.ts. Answers keep the order of the requests all the same.
  */
 import type { Gate } from "./admission.ts";
-import { type Change, type Changes, type Outcome, Upload } from "./changes.ts";
+import type { Change, Changes, Outcome, Upload } from "./changes.ts";
 import { type Certificate, ChunkSize, type Connection, formatAddress, isLoopback, Pace } from "./connection.ts";
 import { type Hub, type Link, orNothing, withTargets } from "./hub.ts";
 import { type LogFields, type LogFormat, log, logBug, logRefusal } from "./log.ts";
@@ -340,7 +340,7 @@ export class Session {
     const { folder } = this.#token;
     if (folder === "") return;
     try {
-      this.#root = root.beneath(folder);
+      this.#root = await root.beneath(folder);
       this.#changes = changes?.beneath(folder);
     } catch (error) {
       if (!(error instanceof RepriseError)) throw error;
@@ -418,7 +418,7 @@ export class Session {
   }
 
   #logRequest(request: Request | Change, startedAt: number, bytes: number, status: string): void {
-    const { path, to, offset } = (request instanceof Upload ? request.request : request) as {
+    const { path, to, offset } = ("request" in request ? request.request : request) as {
       path?: string;
       to?: string;
       offset?: number;
@@ -505,7 +505,7 @@ export class Session {
       const change = request.action === "put" ? await this.#receive(request, this.#changes!) : request;
       this.#pending.push({ change, startedAt, bytes: this.#bytes });
       this.#connection.beforeWait ??= () => this.#apply();
-      if (change instanceof Upload) this.#worker.staged++;
+      if (change.action === "put") this.#worker.staged++;
     } catch (error) {
       await this.#apply();
       this.#logRequest(request, startedAt, this.#bytes, this.#statusOf(error));
@@ -527,7 +527,9 @@ export class Session {
 
   /** An upload up to its END. Throws in the middle of it what makes the rest useless. */
   async #receive(request: Put, changes: Changes): Promise<Upload> {
-    const upload = changes.receive(request, request.size <= MAX_CONTENT_BYTES);
+    const received = changes.receive(request, request.size <= MAX_CONTENT_BYTES);
+    // Small files are not to wait for what is there.
+    const upload = received instanceof Promise ? await received : received;
     const timer = this.#ended ? undefined : setInterval(() => this.#sayWaitUnlessOwed(), WAIT_MS);
     try {
       if (request.content) {
@@ -554,13 +556,13 @@ export class Session {
         await upload.settle();
         const whole = content.count === upload.bytes - offset && (size === UNKNOWN_SIZE || size === upload.bytes);
         if (whole) return;
-        upload.drop();
+        await upload.drop();
         throw new RepriseError("refused", `refused: ${quote(path)} ended at byte ${upload.bytes}, not as announced`);
       }
       if (!this.#isStillAllowed) throw await this.#denial();
       this.#bytes += content.content.length;
       if (offset + this.#bytes > size) {
-        upload.drop();
+        await upload.drop();
         throw new RepriseError("refused", `refused: ${quote(path)} is longer than announced`);
       }
       await upload.append(content.content, content.crc32, free);
@@ -649,7 +651,7 @@ export class Session {
 
   /** By now the version may have another name than the one it was made with. */
   #named(change: Change, outcome: Outcome): Outcome {
-    if (!(change instanceof Upload) || !outcome || outcome instanceof RepriseError) return outcome;
+    if (change.action !== "put" || !outcome || outcome instanceof RepriseError) return outcome;
     return { ...outcome, etag: this.#worker.hub.versions.of(this.#whole(change.request.path), outcome.etag) };
   }
 
@@ -675,7 +677,7 @@ export class Session {
 
   #letGo(group: Pending[]): void {
     for (const { change } of group) {
-      if (!(change instanceof Upload)) continue;
+      if (change.action !== "put") continue;
       this.#worker.staged--;
       try {
         change.close();
@@ -852,7 +854,7 @@ function isChange(request: Request): request is ChangeRequest {
 }
 
 function pathsOf(change: Change): string[] {
-  if (change instanceof Upload) return [change.request.path];
+  if (change.action === "put") return [change.request.path];
   return "to" in change ? [change.path, change.to] : [change.path];
 }
 

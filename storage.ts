@@ -1,9 +1,10 @@
 /**
- * A root: the folder whose files a server gives away, and the only way from a name on the wire to a file.
+ * A root: what holds the files that a server gives away, and the only way from a name on the wire to a file.
  *
- * `Root` is the interface; `openFolder` gives the implementation on a directory. Nothing escapes: a path is checked by
- * [paths] of protocol.ts and then resolved beneath the root by descriptor, so that no name, link or race leads outside.
- * Symbolic links are not followed, anywhere beneath the root, and what is neither a file nor a folder is never opened.
+ * `Root` is the interface; `openFolder` gives the implementation on a directory, that of bucket.ts is on S3. Nothing
+ * escapes: a path is checked by [paths] of protocol.ts and then resolved beneath the root by descriptor, so that no name,
+ * link or race leads outside. Symbolic links are not followed, anywhere beneath the root, and what is neither a file nor
+ * a folder is never opened.
  *
  * A file is read as one version or not at all: its etag comes from inode, size, mtime and ctime, and is compared again
  * after each read. A change within the clock tick of the one before would leave no trace in it; so a file that changed
@@ -62,14 +63,22 @@ export interface Root {
    * `not_a_folder`.
    */
   list(path: string, recursive: boolean, etags?: boolean): AsyncIterable<Entry[]>;
-  /** The same as `stat`, at once: a change of the last moment may hide behind its etag. Undefined for nothing. */
-  look(path: string): Meta | undefined;
   /**
    * One of its folders as a root of its own: whatever folder has that name at the moment. Not to be closed, and of no use
    * when this is. Throws `not_a_folder`.
    */
-  beneath(path: string): Root;
+  beneath(path: string): MaybePromise<Root>;
   close(): void;
+}
+
+/** What a directory of this machine is at once, and others after a while. */
+export type MaybePromise<T> = T | Promise<T>;
+
+/** A root that is a directory of this machine. */
+export interface Folder extends Root {
+  /** The same as `stat`, at once: a change of the last moment may hide behind its etag. Undefined for nothing. */
+  look(path: string): Meta | undefined;
+  beneath(path: string): Folder;
 }
 
 /** What peers know versions by. In a cluster that is not what the storage of one member calls them. */
@@ -95,7 +104,7 @@ export interface OpenFile {
  * Throws `not_found`, `not_a_folder` or `refused`, with the path as it was given. Without `etags` versions have the
  * storage's own, as they always have where `list` and `look` are asked.
  */
-export function openFolder(path: string, etags?: Etags): Root {
+export function openFolder(path: string, etags?: Etags): Folder {
   try {
     return new FolderRoot(openSync(path, constants.O_RDONLY | constants.O_DIRECTORY), "", etags);
   } catch (error) {
@@ -129,7 +138,7 @@ export function isHidden(name: string): boolean {
 
 // ---------------------------------------------------------------------------------------------------- folder
 
-class FolderRoot implements Root {
+class FolderRoot implements Folder {
   readonly #fd: number;
   /** The folder in it that this is about; "" for itself. */
   readonly #folder: string;
@@ -247,7 +256,7 @@ class FolderRoot implements Root {
     }
   }
 
-  beneath(path: string): Root {
+  beneath(path: string): Folder {
     closeSync(this.#openFolder(path));
     return new FolderRoot(this.#fd, join(this.#folder, path), this.#etags);
   }

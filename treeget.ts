@@ -6,7 +6,7 @@
  */
 import { readdirSync, realpathSync, rmdirSync, rmSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
-import { type Change, type Changes, openChanges, type Upload } from "./changes.ts";
+import { type FolderChange, type FolderChanges, type FolderUpload, openChanges } from "./changes.ts";
 import { say } from "./command.ts";
 import { type Context, remoteJoin } from "./context.ts";
 import { isRunning } from "./disk.ts";
@@ -49,7 +49,7 @@ class Download extends Transfer {
   protected readonly name: string;
   #folder: LocalFolder | undefined;
   /** Whole files that wait for their name. */
-  #group: { upload: Upload; fetch: Fetch }[] = [];
+  #group: { upload: FolderUpload; fetch: Fetch }[] = [];
   /** Parts that are open: at the prompt the next line may want them. */
   readonly parts = new Set<PartFile>();
   /** What the server has, kept only where other things are to be removed. */
@@ -73,7 +73,7 @@ class Download extends Transfer {
     this.#names = new LocalNames(local);
   }
 
-  get changes(): Changes {
+  get changes(): FolderChanges {
     return this.#folder!.changes;
   }
 
@@ -113,7 +113,7 @@ class Download extends Transfer {
   }
 
   /** A small file is whole; it gets its name with the next group. Something to wait for, once that is due. */
-  add(upload: Upload, fetch: Fetch): Promise<void> | undefined {
+  add(upload: FolderUpload, fetch: Fetch): Promise<void> | undefined {
     this.#group.push({ upload, fetch });
     return this.#group.length >= MAX_GROUP ? this.commit() : undefined;
   }
@@ -238,7 +238,7 @@ class Download extends Transfer {
     else await this.#change({ action: "remove", path, recursive: true });
   }
 
-  async #change(change: Change): Promise<void> {
+  async #change(change: FolderChange): Promise<void> {
     const [outcome] = await this.changes.apply([change]);
     if (outcome instanceof RepriseError) throw localProblem(outcome);
   }
@@ -484,7 +484,7 @@ function localProblem(error: RepriseError): RepriseError {
 
 /** A local folder as something to write the way a root is written, with a staging folder of this process's own. */
 class LocalFolder {
-  readonly changes: Changes;
+  readonly changes: FolderChanges;
   readonly #path: string;
   readonly #staging = `.reprise-${process.pid}-${crypto.randomUUID().slice(0, 8)}`;
   readonly #isNew: boolean;

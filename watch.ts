@@ -10,7 +10,7 @@ import { nextTurn } from "./connection.ts";
 import type { Index } from "./index.ts";
 import { FOLDER, GONE, type Version } from "./ledger.ts";
 import { type Entry as Listed, type Meta, RepriseError } from "./protocol.ts";
-import { isHidden, type Root } from "./storage.ts";
+import { type Folder, isHidden } from "./storage.ts";
 
 /** Of a file that is read to be hashed. */
 const CHUNK_BYTES = 1024 * 1024;
@@ -30,7 +30,7 @@ export interface Finding {
 
 /** Compares a tree with the index. */
 export class Observer {
-  readonly #root: Root;
+  readonly #root: Folder;
   readonly #index: Index;
   /** Takes findings in; those that are no longer true it leaves out. */
   readonly #take: (found: Finding[]) => Promise<void>;
@@ -41,7 +41,7 @@ export class Observer {
   #scanTimer: Timer | undefined;
 
   constructor(
-    root: Root,
+    root: Folder,
     index: Index,
     { take, onError }: { take: (found: Finding[]) => Promise<void>; onError: (error: unknown) => void },
   ) {
@@ -204,7 +204,7 @@ class Findings {
 }
 
 /** A file's version by its content. Throws `changed`, `not_found`, `failed`. */
-export async function hashOf(root: Root, path: string): Promise<{ version: Version; etag: string }> {
+export async function hashOf(root: Folder, path: string): Promise<{ version: Version; etag: string }> {
   const now = root.readNow(path);
   if (now) return { version: fileVersion(now.meta, Bun.SHA256.hash(now.content, "hex")), etag: now.meta.etag };
   const file = await root.open(path);

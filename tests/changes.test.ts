@@ -17,7 +17,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
-import { type Change, type Changes, openChanges, type Upload } from "../changes.ts";
+import { type FolderChange, type FolderChanges, type FolderUpload, openChanges } from "../changes.ts";
 import { openLocked } from "../disk.ts";
 import { type ErrorCode, type Meta, type Put, RepriseError, SUM_BYTES, UNKNOWN_SIZE } from "../protocol.ts";
 import { openFolder } from "../storage.ts";
@@ -32,7 +32,7 @@ const DAY_MS = 24 * 3600 * 1000;
 interface Place extends Disposable {
   outside: string;
   root: string;
-  changes: Changes;
+  changes: FolderChanges;
   staged(): string[];
 }
 
@@ -66,7 +66,7 @@ const put = (path: string, fields: Partial<Put> = {}): Put => ({
   ...fields,
 });
 
-async function receive({ changes }: Place, request: Put, content: Uint8Array | string = ""): Promise<Upload> {
+async function receive({ changes }: Place, request: Put, content: Uint8Array | string = ""): Promise<FolderUpload> {
   const bytes = typeof content === "string" ? new TextEncoder().encode(content) : content;
   const upload = changes.receive(request, true);
   if (bytes.length > 0) await upload.append(bytes, Bun.hash.crc32(bytes), () => {});
@@ -74,9 +74,9 @@ async function receive({ changes }: Place, request: Put, content: Uint8Array | s
   return upload;
 }
 
-async function apply({ changes }: Place, ...all: Change[]) {
+async function apply({ changes }: Place, ...all: FolderChange[]) {
   const outcomes = await changes.apply(all);
-  for (const change of all) if (change.action === "put") (change as Upload).close();
+  for (const change of all) if (change.action === "put") (change as FolderUpload).close();
   return outcomes;
 }
 

@@ -10,7 +10,7 @@ import { call, type Join, readFromMaster, readFromMember, Up } from "../link.ts"
 import { Placer } from "../place.ts";
 import { type ErrorCode, encodeLink, RepriseError } from "../protocol.ts";
 import type { Event } from "../replica.ts";
-import { openFolder, type Root } from "../storage.ts";
+import { type Folder, openFolder } from "../storage.ts";
 import { addToken } from "../tokens.ts";
 import { hashOf, Observer } from "../watch.ts";
 import { startCluster, statusOf } from "./clusters.ts";
@@ -130,7 +130,7 @@ describe("what members know each other by", () => {
 
 describe("a file that has only another time", () => {
   /** A placer that is to set the time of a.txt, and what it has told. */
-  async function retime(path: string, root: Root) {
+  async function retime(path: string, root: Folder) {
     mkdirSync(`${path}/.reprise`, { recursive: true });
     const index = new Index(`${path}/.reprise/index.sqlite`);
     const { version, etag } = await hashOf(openFolder(path), "a.txt");
@@ -169,7 +169,7 @@ describe("a file that has only another time", () => {
     using folder = makeRoot({ "a.txt": "a" });
     const root = openFolder(folder.path);
     let opened = 0;
-    const failing: Pick<Root, "open" | "look" | "readNow"> = {
+    const failing: Pick<Folder, "open" | "look" | "readNow"> = {
       look: (path) => root.look(path),
       readNow: (path) => root.readNow(path),
       open: async (path) => {
@@ -179,7 +179,7 @@ describe("a file that has only another time", () => {
         return { meta: file.meta, fd: 1_000_000, close: () => {} } as typeof file;
       },
     };
-    const { placer, told } = await retime(folder.path, failing as Root);
+    const { placer, told } = await retime(folder.path, failing as Folder);
     await waitFor("it says what is wrong", () => placer.problem);
     await waitFor("it is placed", () => told.length > 0);
     expect(told[0]).toMatchObject({ kind: "placed", etag: root.look("a.txt")?.etag });

@@ -2,7 +2,7 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, statfsSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { openChanges, type Upload } from "../changes.ts";
+import { type FolderUpload, openChanges } from "../changes.ts";
 import {
   type Answer,
   decodeAnswer,
@@ -330,7 +330,7 @@ describe.skipIf(!canMount)("--keep-free", () => {
     if (!small) return;
     const changes = openChanges(small.path, { keepFree: 40 * MIB });
     const chunk = randomBytes(MAX_CONTENT_BYTES);
-    const uploads: Upload[] = [];
+    const uploads: FolderUpload[] = [];
     const writes: Promise<void>[] = [];
     let refusals = 0;
     for (let index = 0; index < 100; index++) {

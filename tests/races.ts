@@ -23,7 +23,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
-import { type Change, openChanges } from "../changes.ts";
+import { type FolderChange, openChanges } from "../changes.ts";
 import { libc } from "../libc.ts";
 import { type Put, RepriseError, UNKNOWN_SIZE } from "../protocol.ts";
 import { openFolder } from "../storage.ts";
@@ -130,7 +130,7 @@ function writing(root: string, place: string): Attempt[] {
   const changes = openChanges(root);
   // The true folder, whatever name it has at the moment.
   const inside = `/proc/self/fd/${openSync(join(root, "folder"), constants.O_RDONLY | constants.O_DIRECTORY)}`;
-  const apply = async (change: Change) => {
+  const apply = async (change: FolderChange) => {
     const [outcome] = await changes.apply([change]);
     if (outcome instanceof RepriseError) throw outcome;
     return INSIDE;
