@@ -770,15 +770,16 @@ export class Session {
   }
 
   async #sendChunk(file: OpenFile, offset: number, length: number): Promise<void> {
-    const { fd } = file;
-    if (fd === undefined || !this.#connection.canSendFile || length < MIN_SENDFILE_BYTES) {
+    const isForSendFile = this.#connection.canSendFile && length >= MIN_SENDFILE_BYTES;
+    const extent = isForSendFile ? await file.descriptorFor(offset, length) : undefined;
+    if (!extent) {
       const content = await file.read(offset, length);
       await this.#connection.send(encodeDataHeader(length, Bun.hash.crc32(content)));
       return this.#connection.send(content);
     }
     await this.#connection.send(encodeDataHeader(length, await file.checksum(offset, length)));
     try {
-      await this.#connection.sendFile(fd, offset, length);
+      await this.#connection.sendFile(extent.fd, extent.offset, length);
     } catch (error) {
       // The frame is cut: no further frame could be told from its content.
       this.#connection.close();

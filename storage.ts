@@ -87,11 +87,23 @@ export interface Etags {
   of(path: string, etag: string): string;
 }
 
+/** Where a range of a file lies: in the file itself, or in something that holds a part of it. */
+export interface Extent {
+  fd: number;
+  /** Of the range's first byte. */
+  offset: number;
+}
+
 /** One version of one file. Every method throws `changed` once the file is another, `failed` if it can't be read. */
 export interface OpenFile {
   readonly meta: Meta;
-  /** A descriptor for sendfile, where there is one. */
+  /** The file itself, where it is one of a file system. */
   readonly fd: number | undefined;
+  /**
+   * Where these bytes can be sent from by descriptor; undefined where `read` is the only way to them. It holds until
+   * another range is asked for, by any method, or `close`.
+   */
+  descriptorFor(offset: number, length: number): Extent | undefined | Promise<Extent | undefined>;
   /** Reads exactly `length` bytes at `offset`. */
   read(offset: number, length: number): Promise<Uint8Array>;
   /** The crc32 of these bytes; what it is made of is kept, so that a file in demand is read once. */
@@ -293,6 +305,10 @@ class FolderFile implements OpenFile {
     this.meta = meta;
     this.#path = path;
     this.#inMemory = inMemory;
+  }
+
+  descriptorFor(offset: number): Extent {
+    return { fd: this.fd, offset };
   }
 
   async read(offset: number, length: number): Promise<Uint8Array> {
