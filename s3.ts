@@ -1,0 +1,533 @@
+/**
+ * A client of S3, as far as a root on it needs one: AWS itself, Ceph's gateway, MinIO, R2 and others that speak it.
+ *
+ * Requests go over `fetch`, signed here (AWS Signature Version 4), because Bun's own S3 client sends no conditional
+ * headers: `If-Match` is what makes a download one version, `If-None-Match` what keeps two uploads from one name. What
+ * S3 sends back is asked for in pieces, since `fetch` takes a body whole, however slowly its reader reads.
+ *
+ * What may pass by itself is tried again: no connection, no answer in time, a status of 5xx, SlowDown. All tries of a
+ * request together have a limit. What then is thrown is an `S3Error` whose `code` is S3's own, or `Unreachable`.
+ */
+import { quote } from "./protocol.ts";
+
+/** Tries of one request, the waits between them, and how long one takes before it is given up. */
+const MAX_TRIES = 5;
+const FIRST_WAIT_MS = 100;
+const TRY_MS = 8_000;
+/** And so much longer for each MiB that goes along, to or fro. */
+const MIB_MS = 1_000;
+/** What copies or puts together, without a byte of ours, may take so much longer. */
+const LONG_MS = 300_000;
+/** What S3 takes to remove at once, and to list. */
+const MAX_KEYS = 1000;
+/** An answer that is XML is a page of a list at the most: 1,000 keys of 1,024 bytes, encoded. */
+const MAX_XML_BYTES = 16 * 1024 * 1024;
+const MIB = 1024 * 1024;
+/** Statuses and codes of what may be right a moment later. */
+const PASSING = new Set(["SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted"]);
+
+export interface S3Settings {
+  bucket: string;
+  region: string;
+  /** Where not at AWS: then the bucket is a part of the path. */
+  endpoint?: string | undefined;
+  accessKeyId: string;
+  secretAccessKey: string;
+  sessionToken?: string | undefined;
+}
+
+/** What a HEAD says of an object. */
+export interface ObjectInfo {
+  size: number;
+  /** Without quotes. */
+  etag: string;
+  /** Milliseconds since 1970. */
+  modifiedMs: number;
+  /** What was given with it as `x-amz-meta-mtime`. */
+  mtime: string | undefined;
+}
+
+export interface ListedObject {
+  /** Undefined where its bytes are not UTF-8. */
+  key: string | undefined;
+  size: number;
+  etag: string;
+  modified: string;
+}
+
+export interface ListPage {
+  objects: ListedObject[];
+  /** With a delimiter: what the keys that go on behind it have in common, delimiter included. */
+  prefixes: (string | undefined)[];
+  /** To go on with; undefined at the end. */
+  next: string | undefined;
+}
+
+export interface ListOptions {
+  delimiter?: string;
+  /** `next` of the page before. */
+  token?: string | undefined;
+  startAfter?: string;
+  max?: number;
+}
+
+/** Under which an object is written: "*" for none with that name, else the etag of the one that there must be. */
+export interface PutConditions {
+  ifNoneMatch?: "*" | undefined;
+  ifMatch?: string | undefined;
+}
+
+export interface Part {
+  number: number;
+  etag: string;
+}
+
+export interface RequestLimits {
+  signal?: AbortSignal | undefined;
+  /** All tries together; what is usual if not given. */
+  withinMs?: number;
+}
+
+/** What S3 answered, or why it did not. */
+export class S3Error extends Error {
+  /** S3's own (`NoSuchKey`), or `Unreachable`. */
+  readonly code: string;
+  /** 0 without an answer. */
+  readonly status: number;
+  /** It was not the first try: one before it may have come to its end unheard. */
+  isRetried = false;
+  constructor(code: string, status: number, message: string, cause?: unknown) {
+    super(message, cause === undefined ? undefined : { cause });
+    this.name = "S3Error";
+    this.code = code;
+    this.status = status;
+  }
+
+  /** It may be right a moment later, and is not about what was asked for. */
+  get isPassing(): boolean {
+    return this.status === 0 || this.status >= 500 || this.status === 429 || PASSING.has(this.code);
+  }
+}
+
+interface Call {
+  method: "GET" | "HEAD" | "PUT" | "POST" | "DELETE";
+  /** "" for the bucket itself. */
+  key: string;
+  query?: Record<string, string | undefined>;
+  headers?: Record<string, string | undefined>;
+  body?: Uint8Array | string | undefined;
+  /** The body's, in hexadecimal, where it is known. */
+  sha256?: string | undefined;
+  /** Bytes that are expected back. */
+  answerBytes?: number;
+  /** It may go on for long before there is an answer. */
+  isLong?: boolean;
+  limits?: RequestLimits | undefined;
+}
+
+export class S3 {
+  readonly settings: S3Settings;
+  readonly #base: URL;
+  readonly #pathPrefix: string;
+  #signingKey: { day: string; key: Buffer } | undefined;
+
+  constructor(settings: S3Settings) {
+    this.settings = settings;
+    const { endpoint, bucket, region } = settings;
+    // A certificate for *.s3.… does not stand for a name with further dots.
+    const isPath = endpoint !== undefined || bucket.includes(".");
+    const host = isPath ? `s3.${region}.amazonaws.com` : `${bucket}.s3.${region}.amazonaws.com`;
+    this.#base = new URL(endpoint ?? `https://${host}`);
+    this.#pathPrefix = this.#base.pathname.replace(/\/+$/, "") + (isPath ? `/${encodeKey(bucket)}` : "");
+  }
+
+  /** Where it is, for messages to who runs the server. */
+  get address(): string {
+    return this.#base.origin;
+  }
+
+  /** Undefined where there is no such object. */
+  async head(key: string, limits?: RequestLimits): Promise<ObjectInfo | undefined> {
+    try {
+      const { headers } = await this.#call({ method: "HEAD", key, limits });
+      return infoOf(headers);
+    } catch (error) {
+      if (error instanceof S3Error && error.status === 404 && error.code !== "NoSuchBucket") return undefined;
+      throw error;
+    }
+  }
+
+  /** These bytes of that version. Throws `PreconditionFailed` where it is another by now. */
+  async read(key: string, etag: string, offset: number, length: number, limits?: RequestLimits): Promise<Uint8Array> {
+    const headers = { range: `bytes=${offset}-${offset + length - 1}`, "if-match": etag };
+    const { body } = await this.#call({ method: "GET", key, headers, answerBytes: length, limits });
+    if (body.length !== length) {
+      throw new S3Error("IncompleteBody", 206, `${body.length} bytes came of ${quote(key)}, and not ${length}`);
+    }
+    return body;
+  }
+
+  /** All of a small object; undefined where there is none. */
+  async readAll(key: string): Promise<{ etag: string; body: Uint8Array } | undefined> {
+    try {
+      const { headers, body } = await this.#call({ method: "GET", key, answerBytes: MIB });
+      return { etag: unquote(headers.get("etag") ?? ""), body };
+    } catch (error) {
+      if (error instanceof S3Error && error.code === "NoSuchKey") return undefined;
+      throw error;
+    }
+  }
+
+  /** Returns the etag. */
+  async put(
+    key: string,
+    body: Uint8Array | string,
+    { mtime, ifNoneMatch, ifMatch }: { mtime?: string | undefined } & PutConditions = {},
+  ): Promise<string> {
+    const conditions = { "if-none-match": ifNoneMatch, "if-match": ifMatch };
+    const { headers } = await this.#call({
+      method: "PUT",
+      key,
+      headers: { ...conditions, "x-amz-meta-mtime": mtime },
+      body,
+    });
+    return unquote(headers.get("etag") ?? "");
+  }
+
+  async list(prefix: string, { delimiter, token, startAfter, max }: ListOptions = {}, limits?: RequestLimits) {
+    const query = {
+      "list-type": "2",
+      "encoding-type": "url",
+      prefix,
+      delimiter,
+      "continuation-token": token,
+      "start-after": startAfter,
+      "max-keys": max === undefined ? undefined : String(Math.min(max, MAX_KEYS)),
+    };
+    return pageOf(await this.#xml({ method: "GET", key: "", query, limits }));
+  }
+
+  async remove(key: string): Promise<void> {
+    await this.#call({ method: "DELETE", key });
+  }
+
+  /** Any number of them. */
+  async removeAll(keys: string[]): Promise<void> {
+    for (let at = 0; at < keys.length; at += MAX_KEYS) await this.#removeSome(keys.slice(at, at + MAX_KEYS));
+  }
+
+  async #removeSome(keys: string[]): Promise<void> {
+    // What XML has no place for goes by itself.
+    const [plain, odd] = [keys.filter(isXmlText), keys.filter((key) => !isXmlText(key))];
+    for (const key of odd) await this.remove(key);
+    if (plain.length === 0) return;
+    const objects = plain.map((key) => `<Object><Key>${escapeXml(key)}</Key></Object>`).join("");
+    const body = `<Delete><Quiet>true</Quiet>${objects}</Delete>`;
+    const headers = { "content-md5": new Bun.CryptoHasher("md5").update(body).digest("base64") };
+    const answer = await this.#xml({ method: "POST", key: "", query: { delete: "" }, headers, body });
+    const failure = fieldOf(answer, "Error");
+    if (failure !== undefined) throw errorOfXml(200, failure, "removing");
+  }
+
+  /** Throws `PreconditionFailed` where the source is no longer that version. */
+  async copy(from: string, etag: string, to: string): Promise<void> {
+    const headers = {
+      "x-amz-copy-source": `/${encodeKey(this.settings.bucket)}/${encodeKey(from)}`,
+      "x-amz-copy-source-if-match": etag,
+    };
+    await this.#xml({ method: "PUT", key: to, headers, isLong: true });
+  }
+
+  // ------------------------------------------------------------------------------------------------ multipart
+
+  /** Returns the upload's id. */
+  async createUpload(key: string, mtime: string): Promise<string> {
+    const headers = { "x-amz-meta-mtime": mtime };
+    const answer = await this.#xml({ method: "POST", key, query: { uploads: "" }, headers });
+    const id = fieldOf(answer, "UploadId");
+    if (!id) throw new S3Error("BadAnswer", 200, "S3 began an upload without a name for it");
+    return unescapeXml(id);
+  }
+
+  /** Returns the part's etag. */
+  async putPart(key: string, uploadId: string, number: number, body: Uint8Array, sha256: string): Promise<string> {
+    const query = { partNumber: String(number), uploadId };
+    const { headers } = await this.#call({ method: "PUT", key, query, body, sha256 });
+    return unquote(headers.get("etag") ?? "");
+  }
+
+  /** A part that is these bytes of another object's version. Returns its etag. */
+  async copyPart(
+    key: string,
+    uploadId: string,
+    number: number,
+    from: string,
+    etag: string,
+    at: number,
+    length: number,
+  ) {
+    const headers = {
+      "x-amz-copy-source": `/${encodeKey(this.settings.bucket)}/${encodeKey(from)}`,
+      "x-amz-copy-source-if-match": etag,
+      "x-amz-copy-source-range": `bytes=${at}-${at + length - 1}`,
+    };
+    const query = { partNumber: String(number), uploadId };
+    const answer = await this.#xml({ method: "PUT", key, query, headers, isLong: true });
+    return unquote(unescapeXml(fieldOf(answer, "ETag") ?? ""));
+  }
+
+  /** Returns the etag of the object that there is now. Throws `NoSuchUpload`, `InvalidPart`. */
+  async completeUpload(key: string, uploadId: string, parts: Part[], { ifNoneMatch, ifMatch }: PutConditions = {}) {
+    const list = parts.map(
+      ({ number, etag }) => `<Part><PartNumber>${number}</PartNumber><ETag>"${etag}"</ETag></Part>`,
+    );
+    const body = `<CompleteMultipartUpload>${list.join("")}</CompleteMultipartUpload>`;
+    const headers = { "if-none-match": ifNoneMatch, "if-match": ifMatch };
+    const answer = await this.#xml({ method: "POST", key, query: { uploadId }, headers, body, isLong: true });
+    return unquote(unescapeXml(fieldOf(answer, "ETag") ?? ""));
+  }
+
+  /** Nothing to do where there is no such upload any more. */
+  async abortUpload(key: string, uploadId: string): Promise<void> {
+    try {
+      await this.#call({ method: "DELETE", key, query: { uploadId } });
+    } catch (error) {
+      if (!(error instanceof S3Error) || error.status !== 404) throw error;
+    }
+  }
+
+  /** Those that are not completed, page by page. */
+  async *uploads(prefix: string): AsyncGenerator<{ key: string | undefined; uploadId: string; begunMs: number }> {
+    const query: Record<string, string | undefined> = { uploads: "", "encoding-type": "url", prefix };
+    for (;;) {
+      const page = await this.#xml({ method: "GET", key: "", query });
+      for (const xml of blocksOf(page, "Upload")) {
+        const uploadId = unescapeXml(fieldOf(xml, "UploadId") ?? "");
+        yield { key: keyOf(xml, "Key"), uploadId, begunMs: Date.parse(fieldOf(xml, "Initiated") ?? "") };
+      }
+      if (fieldOf(page, "IsTruncated") !== "true") return;
+      query["key-marker"] = keyOf(page, "NextKeyMarker");
+      query["upload-id-marker"] = unescapeXml(fieldOf(page, "NextUploadIdMarker") ?? "");
+      if (!query["key-marker"]) return;
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------ requests
+
+  /** An answer that is XML. An error may come with a status of 200 where S3 took long. */
+  async #xml(call: Call): Promise<string> {
+    const { body } = await this.#call({ ...call, answerBytes: MIB });
+    if (body.length > MAX_XML_BYTES) throw new S3Error("BadAnswer", 200, "S3 sent an answer that is too long");
+    const text = new TextDecoder().decode(body);
+    const error = /^(?:\s|<\?[^>]*>)*<Error>/.test(text) ? fieldOf(text, "Error") : undefined;
+    if (error !== undefined) throw errorOfXml(500, error, call.method);
+    return text;
+  }
+
+  async #call(call: Call): Promise<{ headers: Headers; body: Uint8Array }> {
+    const bytes = (call.body?.length ?? 0) + (call.answerBytes ?? 0);
+    const tryMs = TRY_MS + (bytes / MIB) * MIB_MS + (call.isLong ? LONG_MS : 0);
+    const end = performance.now() + (call.limits?.withinMs ?? 2 * tryMs);
+    for (let tries = 1; ; tries++) {
+      const startedAt = performance.now();
+      try {
+        return await this.#try(call, Math.min(tryMs, end - startedAt));
+      } catch (error) {
+        if (error instanceof S3Error) error.isRetried = tries > 1;
+        const waitMs = FIRST_WAIT_MS * 2 ** (tries - 1) * (0.5 + Math.random());
+        const isPassing = error instanceof S3Error && error.isPassing && !call.limits?.signal?.aborted;
+        if (!isPassing || tries === MAX_TRIES || performance.now() + waitMs >= end) throw error;
+        await Bun.sleep(waitMs);
+      }
+    }
+  }
+
+  async #try(call: Call, withinMs: number): Promise<{ headers: Headers; body: Uint8Array }> {
+    const { method, key, body, limits } = call;
+    const url = this.#urlOf(call);
+    const timeout = AbortSignal.timeout(Math.max(1, Math.ceil(withinMs)));
+    const signal = limits?.signal ? AbortSignal.any([timeout, limits.signal]) : timeout;
+    let response: Response;
+    let content: Uint8Array;
+    try {
+      const options = { method, headers: this.#signed(call, url), body, signal, redirect: "manual", decompress: false };
+      response = await fetch(url, options as RequestInit);
+      content = await response.bytes();
+    } catch (error) {
+      throw new S3Error("Unreachable", 0, `${this.address} does not answer: ${reasonOf(error)}`, error);
+    }
+    if (response.ok) return { headers: response.headers, body: content };
+    const what = `${method} ${key === "" ? this.settings.bucket : quote(key)}`;
+    throw errorOfXml(response.status, new TextDecoder().decode(content.subarray(0, 64 * 1024)), what);
+  }
+
+  #urlOf({ key, query = {} }: Call): string {
+    const path = `${this.#pathPrefix}/${encodeKey(key)}`;
+    const text = canonicalQuery(query);
+    return `${this.#base.origin}${path}${text === "" ? "" : `?${text}`}`;
+  }
+
+  /** The headers of a request, with its signature: see "Create a signed AWS API request" of AWS. */
+  #signed({ method, headers: given = {}, body, sha256 }: Call, url: string): Record<string, string> {
+    const { accessKeyId, sessionToken, region } = this.settings;
+    const time = `${new Date().toISOString().replace(/[-:]|\.\d+/g, "")}`;
+    const day = time.slice(0, 8);
+    const headers: Record<string, string> = {
+      host: this.#base.host,
+      "x-amz-content-sha256": sha256 ?? hash(body ?? ""),
+      "x-amz-date": time,
+    };
+    if (sessionToken) headers["x-amz-security-token"] = sessionToken;
+    for (const [name, value] of Object.entries(given)) if (value !== undefined) headers[name] = value;
+    const names = Object.keys(headers).sort();
+    const [path, query = ""] = url.slice(this.#base.origin.length).split("?");
+    const lines = names.map((name) => `${name}:${headers[name]}\n`).join("");
+    const signedNames = names.join(";");
+    const canonical = [method, path, query, lines, signedNames, headers["x-amz-content-sha256"]].join("\n");
+    const scope = `${day}/${region}/s3/aws4_request`;
+    const signature = hmac(this.#keyOf(day), `AWS4-HMAC-SHA256\n${time}\n${scope}\n${hash(canonical)}`).toString("hex");
+    const credential = `Credential=${accessKeyId}/${scope}`;
+    headers.authorization = `AWS4-HMAC-SHA256 ${credential}, SignedHeaders=${signedNames}, Signature=${signature}`;
+    // Of what is an object as it is: nothing is to be packed on the way.
+    headers["accept-encoding"] = "identity";
+    return headers;
+  }
+
+  /** The same for a day. */
+  #keyOf(day: string): Buffer {
+    if (this.#signingKey?.day !== day) {
+      const { secretAccessKey, region } = this.settings;
+      const parts = [day, region, "s3", "aws4_request"];
+      const key = parts.reduce<Buffer>((key, part) => hmac(key, part), Buffer.from(`AWS4${secretAccessKey}`));
+      this.#signingKey = { day, key };
+    }
+    return this.#signingKey.key;
+  }
+}
+
+function hash(content: Uint8Array | string): string {
+  return new Bun.CryptoHasher("sha256").update(content).digest("hex");
+}
+
+function hmac(key: Buffer, text: string): Buffer {
+  return new Bun.CryptoHasher("sha256", key).update(text).digest() as Buffer;
+}
+
+function reasonOf(error: unknown): string {
+  const { name, code, message } = error as { name?: string; code?: string; message?: string };
+  if (name === "TimeoutError") return "no answer in time";
+  return code ?? message ?? String(error);
+}
+
+function infoOf(headers: Headers): ObjectInfo {
+  const size = Number(headers.get("content-length"));
+  const modifiedMs = Date.parse(headers.get("last-modified") ?? "") || 0;
+  const mtime = headers.get("x-amz-meta-mtime") ?? undefined;
+  return { size, etag: unquote(headers.get("etag") ?? ""), modifiedMs, mtime };
+}
+
+// ---------------------------------------------------------------------------------------------------- encoding
+
+/** By RFC 3986, as signatures want it; a "/" stays. */
+function encodeKey(key: string): string {
+  return key.split("/").map(encodeStrictly).join("/");
+}
+
+function encodeStrictly(text: string): string {
+  return encodeURIComponent(text).replace(/[!'()*]/g, (sign) => `%${sign.charCodeAt(0).toString(16).toUpperCase()}`);
+}
+
+function canonicalQuery(query: Record<string, string | undefined>): string {
+  return Object.keys(query)
+    .sort()
+    .flatMap((name) => (query[name] === undefined ? [] : [`${encodeStrictly(name)}=${encodeStrictly(query[name])}`]))
+    .join("&");
+}
+
+function unquote(etag: string): string {
+  return etag.replace(/^(?:W\/)?"(.*)"$/, "$1");
+}
+
+// ---------------------------------------------------------------------------------------------------- XML
+
+/**
+ * Of XML only what S3 sends is understood: elements without attributes, of which none is within one of the same name.
+ * Nothing is expanded but the five entities of XML itself and characters by number.
+ */
+function* blocksOf(xml: string, name: string): Generator<string> {
+  const [open, close] = [`<${name}>`, `</${name}>`];
+  for (let at = xml.indexOf(open); at >= 0; ) {
+    const start = at + open.length;
+    const end = xml.indexOf(close, start);
+    if (end < 0) return;
+    yield xml.slice(start, end);
+    at = xml.indexOf(open, end + close.length);
+  }
+}
+
+/** What is in the first of them, as it stands there. */
+function fieldOf(xml: string, name: string): string | undefined {
+  return blocksOf(xml, name).next().value ?? undefined;
+}
+
+const ENTITIES: Record<string, string> = { lt: "<", gt: ">", amp: "&", quot: '"', apos: "'" };
+
+function unescapeXml(text: string): string {
+  if (!text.includes("&")) return text;
+  return text.replace(/&(?:#(\d{1,7})|#x([0-9a-fA-F]{1,6})|(lt|gt|amp|quot|apos));/g, (all, decimal, hex, name) => {
+    if (name) return ENTITIES[name]!;
+    const code = decimal ? Number(decimal) : Number.parseInt(hex, 16);
+    return code <= 0x10ffff ? String.fromCodePoint(code) : all;
+  });
+}
+
+function escapeXml(text: string): string {
+  return text.replace(/[<>&"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
+}
+
+/** What XML 1.0 can say, and what no parser normalizes. */
+function isXmlText(key: string): boolean {
+  return !/[\p{Cc}\ufffe\uffff\u2028]/u.test(key) && key === key.trim();
+}
+
+/** A key that came url-encoded; undefined where it is no UTF-8. */
+function keyOf(xml: string, name: string): string | undefined {
+  const text = unescapeXml(fieldOf(xml, name) ?? "");
+  try {
+    return decodeURIComponent(text.replaceAll("+", " "));
+  } catch {
+    return undefined;
+  }
+}
+
+function pageOf(xml: string): ListPage {
+  const objects: ListedObject[] = [];
+  for (const block of blocksOf(xml, "Contents")) {
+    objects.push({
+      key: keyOf(block, "Key"),
+      size: Number(fieldOf(block, "Size")),
+      etag: unquote(unescapeXml(fieldOf(block, "ETag") ?? "")),
+      modified: fieldOf(block, "LastModified") ?? "",
+    });
+  }
+  const prefixes = [...blocksOf(xml, "CommonPrefixes")].map((block) => keyOf(block, "Prefix"));
+  const isCut = fieldOf(xml, "IsTruncated") === "true";
+  const next = isCut ? unescapeXml(fieldOf(xml, "NextContinuationToken") ?? "") : undefined;
+  if (next === "") throw new S3Error("BadAnswer", 200, "S3 cut a list and did not say where");
+  return { objects, prefixes, next };
+}
+
+/** An answer to HEAD has no words: its status has to do. */
+function errorOfXml(status: number, xml: string, what: string): S3Error {
+  const code = unescapeXml(fieldOf(xml, "Code") ?? "") || (CODES[status] ?? `Status${status}`);
+  const message = unescapeXml(fieldOf(xml, "Message") ?? "");
+  return new S3Error(code, status, `${what}: ${code}${message && message !== code ? `: ${message}` : ""}`);
+}
+
+const CODES: Record<number, string> = {
+  301: "PermanentRedirect",
+  403: "AccessDenied",
+  404: "NoSuchKey",
+  412: "PreconditionFailed",
+  416: "InvalidRange",
+};
