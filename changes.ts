@@ -813,7 +813,7 @@ class Folders {
 }
 
 /** The segments of a name that clients may give. Throws `bad_name`, `refused`. */
-function checkName(path: string): string[] {
+export function checkName(path: string): string[] {
   const segments = splitPath(path);
   if (segments.some(isHidden)) throw refused(`${quote(path)} is a name that the server keeps to itself`);
   return segments;
@@ -882,19 +882,19 @@ function removeUpload(path: string): void {
 
 // ---------------------------------------------------------------------------------------------------- errors
 
-function refused(text: string): RepriseError {
+export function refused(text: string): RepriseError {
   return new RepriseError("refused", `refused: ${text}`);
 }
 
-function exists(path: string): RepriseError {
+export function exists(path: string): RepriseError {
   return new RepriseError("exists", `${quote(path)} exists already`);
 }
 
-function notHeld({ offset, path }: Put): RepriseError {
+export function notHeld({ offset, path }: Put): RepriseError {
   return new RepriseError("bad_range", `the server does not hold ${offset} bytes of ${quote(path)}`);
 }
 
-function tooLarge({ path }: Put, maxBytes: number): RepriseError {
+export function tooLarge({ path }: Put, maxBytes: number): RepriseError {
   return new RepriseError(
     "too_large",
     `refused: ${quote(path)} is larger than the ${inUnits(maxBytes)} that the server takes (--max-upload)`,
@@ -917,11 +917,11 @@ function inUnits(bytes: number): string {
   return power ? `${bytes / 1024 ** power}${"KMGT"[power - 1]}` : `${bytes} bytes`;
 }
 
-function notAFile(path: string): RepriseError {
+export function notAFile(path: string): RepriseError {
   return new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);
 }
 
-function notAFolder(path: string, wanted: string): RepriseError {
+export function notAFolder(path: string, wanted: string): RepriseError {
   return new RepriseError("not_a_folder", `not a folder: ${quote(path)}, and so there is no ${quote(wanted)}`);
 }
 

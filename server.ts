@@ -6,6 +6,7 @@
  * bun server.ts                                # server_root/ on 127.0.0.1:2121
  * bun server.ts /srv/files --host 0.0.0.0      # another folder, to everyone who can reach this machine
  * bun server.ts --port 0 --workers 2           # a free port, named in the first line on stdout
+ * bun server.ts s3://BUCKET/PREFIX             # the objects of a bucket, by AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …
  * ```
  *
  * The process that is started touches no client. It is the supervisor: it finds the port, starts the workers, which all
@@ -21,6 +22,8 @@ import { existsSync, readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Subprocess, TCPSocketListener } from "bun";
 import { Admission, Gate, type Question, type Reply, type Verdict } from "./admission.ts";
+import { isBucket, openBucket } from "./bucket.ts";
+import { openBucketChanges } from "./bucketput.ts";
 import { type Changes, openChanges } from "./changes.ts";
 import {
   type Args,
@@ -83,11 +86,9 @@ type Order = "drain" | "stop" | { secrets: Secrets };
 function work(settings: Settings): void {
   const isReplicated = storeOf(settings.root) === FOLDER_STORE && !settings.redirectOnly;
   const hub = new Hub({ ...settings, isReplicated }, (message) => process.send?.(message));
-  const etags = hub.versions;
   const worker: Worker = {
     settings,
-    root: settings.redirectOnly ? noRoot() : openFolder(settings.root, etags),
-    changes: settings.writable ? openChanges(settings.root, { ...settings, etags }) : undefined,
+    ...openStorage(settings, hub),
     gate: new Gate((question) => process.send?.(question)),
     hub,
     tokens: undefined,
@@ -124,6 +125,19 @@ function work(settings: Settings): void {
   });
   // The supervisor is gone, however it ended.
   process.on("disconnect", stopNow);
+}
+
+/** What is served, and where changes go. */
+function openStorage(settings: Settings, { versions: etags }: Hub): Pick<Worker, "root" | "changes"> {
+  const { root, writable, maxUpload } = settings;
+  if (settings.redirectOnly) return { root: noRoot(), changes: undefined };
+  if (!isBucket(root)) {
+    const changes = writable ? openChanges(root, { ...settings, etags }) : undefined;
+    return { root: openFolder(root, etags), changes };
+  }
+  const say = (path: string | undefined, status: string) => log(settings, { event: "storage", status, path });
+  const bucket = openBucket(root, { maxUpload, say });
+  return { root: bucket.root, changes: writable ? openBucketChanges(bucket) : undefined };
 }
 
 /** A signal to the whole group comes here as well as to the supervisor: only what that then says counts. */
@@ -461,7 +475,12 @@ class PortTaken extends Error {
 export const main = command({
   meta: { name: "server.ts", version, description: "reprise server: gives away the files of a folder, and takes them" },
   args: {
-    root: { type: "positional", required: false, default: "server_root", description: "The folder" },
+    root: {
+      type: "positional",
+      required: false,
+      default: "server_root",
+      description: "The folder, or s3://BUCKET/PREFIX",
+    },
     host: {
       type: "string",
       default: "127.0.0.1",
@@ -539,32 +558,45 @@ export const main = command({
   async run({ args }) {
     const settings = settingsFrom(args as unknown as Args);
     const membership = await membershipFrom(args as unknown as Args);
-    if (!settings.redirectOnly) openFolder(settings.root).close();
-    const option =
-      membership.join !== undefined ? "--join" : membership.cluster !== undefined ? "--cluster" : "--writable";
-    if (!settings.redirectOnly && (settings.writable || option !== "--writable")) checkWritable(settings.root, option);
     try {
+      await checkRoot(settings, membership);
       if (membership.cluster !== undefined) await checkCluster(membership.cluster, settings);
       process.exitCode = await new Supervisor(settings, membership).run();
     } catch (error) {
-      if (!(error instanceof PortTaken) && !(error instanceof NoCluster)) throw error;
+      if (!(error instanceof PortTaken || error instanceof NotThere)) throw error;
       say("error", error.message);
       process.exitCode = 1;
     }
   },
 });
 
-/** Whether the ledger can be asked, and is for servers like this one. Throws `NoCluster`. */
-async function checkCluster(cluster: string, { root, redirectOnly }: Omit<Settings, "worker">): Promise<void> {
-  const { checkLedger } = await import("./quorum.ts");
-  try {
-    await checkLedger(cluster, redirectOnly ? undefined : storeOf(root));
-  } catch (error) {
-    throw new NoCluster(error instanceof RepriseError ? error.message : String(error), { cause: error });
-  }
+/** What the server needs and is not its own: a bucket, a ledger. */
+class NotThere extends Error {}
+
+/** Throws where nothing can be served, or written if that is wanted. */
+async function checkRoot({ root, writable, redirectOnly }: Omit<Settings, "worker">, membership: Membership) {
+  if (redirectOnly) return;
+  if (isBucket(root)) return needed(() => openBucket(root).check(writable));
+  openFolder(root).close();
+  const { join, cluster } = membership;
+  const option = join !== undefined ? "--join" : cluster !== undefined ? "--cluster" : "--writable";
+  if (writable || option !== "--writable") checkWritable(root, option);
 }
 
-class NoCluster extends Error {}
+/** Whether the ledger can be asked, and is for servers like this one. Throws `NotThere`. */
+async function checkCluster(cluster: string, { root, redirectOnly }: Omit<Settings, "worker">): Promise<void> {
+  const { checkLedger } = await import("./quorum.ts");
+  await needed(() => checkLedger(cluster, redirectOnly ? undefined : storeOf(root)));
+}
+
+async function needed(work: () => Promise<void>): Promise<void> {
+  try {
+    await work();
+  } catch (error) {
+    if (error instanceof RepriseError && error.code === "usage") throw error;
+    throw new NotThere(error instanceof Error ? error.message : String(error), { cause: error });
+  }
+}
 
 function checkWritable(root: string, option: string): void {
   try {
@@ -588,7 +620,7 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
   return {
     workers,
     root: String(args.root),
-    clustered: args.join !== undefined || args.cluster !== undefined || existsSync(`${args.root}/${LEDGER}`),
+    clustered: args.join !== undefined || args.cluster !== undefined || hasLedger(String(args.root)),
     redirectOnly: redirectOnlyOf(args),
     host: String(args.host),
     port: numberOption(args, "port", { min: 0, max: 65_535 }),
@@ -604,6 +636,10 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
     ...accessFrom(args),
     log,
   };
+}
+
+function hasLedger(root: string): boolean {
+  return !isBucket(root) && existsSync(`${root}/${LEDGER}`);
 }
 
 function redirectOnlyOf(args: Args): boolean {

@@ -6,6 +6,7 @@
  * changes.ts. Answers keep the order of the requests all the same.
  */
 import type { Gate } from "./admission.ts";
+import { isBucket } from "./bucket.ts";
 import type { Change, Changes, Outcome, Upload } from "./changes.ts";
 import { type Certificate, ChunkSize, type Connection, formatAddress, isLoopback, Pace } from "./connection.ts";
 import { type Hub, type Link, orNothing, withTargets } from "./hub.ts";
@@ -438,12 +439,17 @@ export class Session {
       case "stat":
         return this.#stat(request.path);
       case "status":
-        return this.#connection.send(encodeInfo(describe(this.#worker, this.#token)));
+        return this.#sayStatus();
       case "quit":
         return this.#connection.send(encodeEnd(0));
       case "sums":
         return this.#sums(request);
     }
+  }
+
+  async #sayStatus(): Promise<void> {
+    const problem = await this.#worker.root.problem?.();
+    await this.#connection.send(encodeInfo(describe(this.#worker, this.#token, problem)));
   }
 
   // ------------------------------------------------------------------------------------------------ link
@@ -480,14 +486,15 @@ export class Session {
 
   /** Why this peer is no member, or undefined. */
   async #linkRefusal({ kind }: Record<string, unknown>): Promise<RepriseError | undefined> {
-    const { tokens, hub } = this.#worker;
+    const { settings, tokens, hub } = this.#worker;
     if (tokens) {
       // What members know each other by is for being called back: who was a member once is not to join by that.
       const isKnown = this.#token !== undefined && kind !== "call" && hub.members.holds(this.#token);
       const isMember = this.#token?.access === "replica" && this.#token.folder === "" && !isKnown;
-      return isMember ? undefined : this.#denial();
+      if (!isMember) return this.#denial();
+      return isBucket(settings.root) ? refusedOfBucket() : undefined;
     }
-    if (isLoopback(this.#peer)) return undefined;
+    if (isLoopback(this.#peer)) return isBucket(settings.root) ? refusedOfBucket() : undefined;
     const why = "only servers on this machine may join without tokens; --tokens at the server that is joined opens it";
     return new RepriseError("refused", `refused: ${why}`);
   }
@@ -605,6 +612,8 @@ export class Session {
       if (this.#worker.hub.isClustered) await this.#announce(group, outcomes);
       for (const [index, { change, startedAt, bytes }] of group.entries()) {
         const outcome = this.#named(change, outcomes[index]);
+        // It is said, and the connection ends with it: those behind are asked for again.
+        if (isOver(outcome)) throw this.#loggedFor(group.slice(index), outcome);
         await this.#connection.send(encodeOutcome(outcome));
         this.#logRequest(change, startedAt, bytes, outcome instanceof RepriseError ? outcome.code : "ok");
       }
@@ -740,7 +749,9 @@ export class Session {
       if (offset > meta.size)
         throw new RepriseError("bad_range", `${quote(path)} has no byte ${offset}, only ${meta.size}`);
       await this.#connection.send(encodeMeta(meta, offset));
-      await this.#sendContent(file, offset, Math.min(meta.size, offset + length));
+      const end = Math.min(meta.size, offset + length);
+      file.expect?.(end);
+      await this.#sendContent(file, offset, end);
       await this.#connection.send(encodeEnd(this.#bytes));
     } finally {
       file.close();
@@ -859,6 +870,11 @@ function pathsOf(change: Change): string[] {
   return "to" in change ? [change.path, change.to] : [change.path];
 }
 
+/** [link] All servers of a bucket have its files: there is nothing for members to tell each other. */
+function refusedOfBucket(): RepriseError {
+  return new RepriseError("refused", "refused: the files of this server are in a bucket; start another server on that");
+}
+
 function readOnly(why: string): RepriseError {
   return new RepriseError("read_only", `refused: ${why}`);
 }
@@ -876,7 +892,7 @@ function encodeOutcome(outcome: Meta | RepriseError | undefined): Uint8Array {
 }
 
 /** Whether an error leaves no connection to answer on. */
-function isOver(error: unknown): boolean {
+function isOver(error: unknown): error is RepriseError {
   return error instanceof RepriseError && ERRORS[error.code].closes;
 }
 
@@ -887,8 +903,12 @@ function asReprise(error: unknown): RepriseError {
 }
 
 /** [status] Problems name paths, which are nothing for who sees one folder alone. */
-function describe({ settings, sessions, startedAt, hub }: Worker, token: Token | undefined): Record<string, unknown> {
-  const { role = "alone", node, master, revision, problem, replicas = [] } = hub.cluster ?? {};
+function describe(
+  { settings, sessions, startedAt, hub }: Worker,
+  token: Token | undefined,
+  ofStorage: string | undefined,
+): Record<string, unknown> {
+  const { role = "alone", node, master, revision, problem = ofStorage, replicas = [] } = hub.cluster ?? {};
   const seesAll = token === undefined || token.folder === "";
   return {
     server: SOFTWARE,

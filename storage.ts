@@ -68,6 +68,8 @@ export interface Root {
    * when this is. Throws `not_a_folder`.
    */
   beneath(path: string): MaybePromise<Root>;
+  /** What is wrong with the storage at this moment, of which a folder would know nothing before it is used. */
+  problem?(): Promise<string | undefined>;
   close(): void;
 }
 
@@ -104,6 +106,8 @@ export interface OpenFile {
    * another range is asked for, by any method, or `close`.
    */
   descriptorFor(offset: number, length: number): Extent | undefined | Promise<Extent | undefined>;
+  /** Nothing behind `end` is going to be read: for who reads ahead. */
+  expect?(end: number): void;
   /** Reads exactly `length` bytes at `offset`. */
   read(offset: number, length: number): Promise<Uint8Array>;
   /** The crc32 of these bytes; what it is made of is kept, so that a file in demand is read once. */
@@ -137,7 +141,6 @@ export function noRoot(): Root {
     open: refuse,
     readNow: refuse,
     list: refuse,
-    look: refuse,
     beneath: refuse,
     close() {},
   };

@@ -1,0 +1,811 @@
+/**
+ * The writing side of a root on S3: see bucket.ts, and changes.ts for what is promised.
+ *
+ * What fits one part is held until its turn and put at once; more goes to S3 part by part as it comes, under the name that
+ * it is to have, and is seen by nobody until it is complete. What S3 has of an upload with an id is written down in
+ * `.reprise/put-ID`, beneath the prefix, so that any server of the bucket goes on with it: for a week.
+ *
+ * S3 has no changes of several objects at once. A folder is removed and moved object by object, and a move is a copy and
+ * a removal: who is cut in the middle does it again. Nothing is locked; where two want one name under a condition, S3
+ * decides (`If-None-Match`, `If-Match`), or a look just before where it knows no such thing for multipart uploads.
+ */
+import { type Bucket, Budget, hasKeysBeneath, keyFor, MAX_KEY_BYTES, metaOf, textOfTime } from "./bucket.ts";
+import {
+  type Change,
+  type Changes,
+  checkName,
+  exists,
+  notAFile,
+  notAFolder,
+  notHeld,
+  type Outcome,
+  refused,
+  tooLarge,
+  type Upload,
+} from "./changes.ts";
+import type { Release } from "./disk.ts";
+import { crc32Combine, ERRORS, type Meta, type Put, quote, RepriseError, UNKNOWN_SIZE } from "./protocol.ts";
+import { type ObjectInfo, type Part, type PutConditions, S3Error } from "./s3.ts";
+import { join, type MaybePromise } from "./storage.ts";
+
+const MIB = 1024 * 1024;
+/** S3 takes none below 5 MiB but the last, and 10,000 of them. */
+const PART_BYTES = 8 * MIB;
+const MAX_PARTS = 10_000;
+/** What a part may have at most, since it is in memory: 625 GiB fit in. */
+const MAX_PART_BYTES = 64 * MIB;
+/** Parts of uploads of one worker that come or are sent on; further ones wait. One more may always. */
+const WRITE_BUDGET_BYTES = 64 * MIB;
+/** What is held of whole small files until their turn; the others go on as parts. */
+const HOLD_BUDGET_BYTES = 32 * MIB;
+/** Of one upload, sent side by side. */
+const MAX_FLIGHTS = 4;
+/** Changes that do not depend on each other, made side by side; and copies of a folder's objects. */
+const MAX_TOGETHER = 16;
+/** What one request copies. */
+const MAX_COPY_BYTES = 5 * 1024 * MIB;
+const COPY_PART_BYTES = 512 * MIB;
+/** What an upload that was given up leaves is kept this long. */
+const KEEP_MS = 7 * 24 * 3600 * 1000;
+
+/** One of the parts that S3 has. */
+interface HeldPart {
+  length: number;
+  etag: string;
+  crc32: number;
+}
+
+/** What is written down of an upload. */
+interface State {
+  version: 1;
+  uploadId: string;
+  key: string;
+  mtime: number;
+  parts: [length: number, etag: string, crc32: number][];
+}
+
+/** What the changes of one bucket have in common, in this process. */
+interface Shared {
+  bucket: Bucket;
+  parts: Budget;
+  held: Budget;
+  /** Uploads with an id that somebody is at; these that are at their end are waited for. */
+  uploads: Map<string, BucketUpload>;
+}
+
+export function openBucketChanges(bucket: Bucket): Changes {
+  const shared = {
+    bucket,
+    parts: new Budget(WRITE_BUDGET_BYTES),
+    held: new Budget(HOLD_BUDGET_BYTES),
+    uploads: new Map(),
+  };
+  return new BucketChanges(shared, "");
+}
+
+class BucketChanges implements Changes {
+  readonly #shared: Shared;
+  readonly #folder: string;
+
+  constructor(shared: Shared, folder: string) {
+    this.#shared = shared;
+    this.#folder = folder;
+  }
+
+  beneath(folder: string): Changes {
+    return new BucketChanges(this.#shared, join(this.#folder, folder));
+  }
+
+  receive(put: Put, isSmall: boolean): MaybePromise<Upload> {
+    const { bucket } = this.#shared;
+    const key = this.#keyOf(put.path);
+    if (put.id !== "" && !isId(put.id)) throw refused("not an upload id");
+    const known = put.size === UNKNOWN_SIZE ? put.offset : put.size;
+    if (known > Math.min(bucket.maxUpload, MAX_PARTS * MAX_PART_BYTES)) {
+      if (put.id !== "") this.#forget(put.id).catch(() => {});
+      throw tooLarge(put, Math.min(bucket.maxUpload, MAX_PARTS * MAX_PART_BYTES));
+    }
+    if (isSmall && put.offset === 0) return new BucketUpload(this.#shared, put, key, undefined);
+    return this.#wrapped(put.path, () => this.#receive(put, key));
+  }
+
+  async #receive(put: Put, key: string): Promise<Upload> {
+    await this.#checkTarget(put, new Folders(this.#shared.bucket, this.#folder));
+    if (put.id === "" && put.offset > 0) throw notHeld(put);
+    if (put.id === "") return new BucketUpload(this.#shared, put, key, undefined);
+    const { uploads } = this.#shared;
+    const other = uploads.get(put.id);
+    if (other && !other.isClosed) {
+      throw new RepriseError("in_use", `${quote(put.path)} is still being received over another connection`);
+    }
+    await other?.closed;
+    const held = await readState(this.#shared.bucket, put.id);
+    const usable = held && held.state.key === key && held.state.mtime === put.mtime ? held : undefined;
+    if (put.offset > 0 && !usable) throw notHeld(put);
+    if (held && (!usable || put.offset === 0)) await this.#forget(put.id);
+    return new BucketUpload(this.#shared, put, key, put.offset > 0 ? usable : undefined);
+  }
+
+  async apply(changes: Change[]): Promise<Outcome[]> {
+    const outcomes: Outcome[] = [];
+    const folders = new Folders(this.#shared.bucket, this.#folder);
+    for (let at = 0; at < changes.length; ) {
+      const end = endOfIndependent(changes, at);
+      const made = await Promise.all(changes.slice(at, end).map((change) => this.#make(change, folders)));
+      outcomes.push(...made);
+      at = end;
+      // Where S3 is gone, what is behind is not tried: it is asked for again, all of it.
+      const over = made.find((outcome) => outcome instanceof RepriseError && ERRORS[outcome.code].closes);
+      if (over) while (at < changes.length) outcomes[at++] = over;
+    }
+    return outcomes;
+  }
+
+  async #make(change: Change, folders: Folders): Promise<Outcome> {
+    const path = change.action === "put" ? change.request.path : change.path;
+    try {
+      return await this.#wrapped(path, () => this.#makeOne(change, folders));
+    } catch (error) {
+      if (error instanceof RepriseError) return error;
+      throw error;
+    }
+  }
+
+  async #makeOne(change: Change, folders: Folders): Promise<Outcome> {
+    switch (change.action) {
+      case "put":
+        return this.#place(change as BucketUpload, folders);
+      case "remove":
+        return this.#remove(change.path, change.recursive, folders);
+      case "move":
+        return this.#move(change.path, change.to, change.overwrite, folders);
+      case "mkdir":
+        return this.#makeFolder(change.path, change.parents, folders);
+      default:
+        throw new Error("Only the keeper of a folder corrects");
+    }
+  }
+
+  async *sums(id: string): AsyncGenerator<{ length: number; crc32: number }> {
+    if (!isId(id)) return;
+    const { bucket, uploads } = this.#shared;
+    const upload = uploads.get(id);
+    if (upload?.isClosed) await upload.closed;
+    const held = await this.#wrapped("", () => readState(bucket, id));
+    for (const [length, , crc32] of held?.state.parts ?? []) yield { length, crc32 };
+  }
+
+  async sweep(now = Date.now()): Promise<void> {
+    try {
+      await this.#sweep(now);
+    } catch (error) {
+      // The next one finds it, too.
+      if (!(error instanceof S3Error)) throw error;
+    }
+  }
+
+  async #sweep(now: number): Promise<void> {
+    const { bucket } = this.#shared;
+    const { s3, prefix } = bucket;
+    const isOld = (ms: number) => now - ms >= KEEP_MS;
+    let token: string | undefined;
+    do {
+      const page = await s3.list(`${prefix}.reprise/`, { token });
+      for (const { key, modified } of page.objects) {
+        if (key === undefined || !isOld(Date.parse(modified))) continue;
+        const id = key.split("/put-").pop()!;
+        // What cannot be removed keeps nothing else from it.
+        await (isId(id) ? this.#forget(id) : s3.remove(key)).catch(() => {});
+      }
+      token = page.next;
+    } while (token !== undefined);
+    for await (const { key, uploadId, begunMs } of s3.uploads(prefix)) {
+      if (key !== undefined && isOld(begunMs)) await s3.abortUpload(key, uploadId).catch(() => {});
+    }
+  }
+
+  close(): void {}
+
+  /** Nobody goes on with that upload. */
+  async #forget(id: string): Promise<void> {
+    const { bucket } = this.#shared;
+    const held = await readState(bucket, id);
+    if (!held) return;
+    await bucket.s3.abortUpload(held.state.key, held.state.uploadId);
+    await bucket.s3.remove(stateKey(bucket, id));
+  }
+
+  // ------------------------------------------------------------------------------------------------ changes
+
+  /** What stands against a put. Throws `not_a_file`, `exists`, `changed`, `not_found`, `not_a_folder`. */
+  async #checkTarget({ path, noClobber, etag, parents }: Put, folders: Folders): Promise<void> {
+    const key = this.#keyOf(path);
+    const { bucket } = this.#shared;
+    const needsLook = noClobber || etag !== "";
+    const [, isFolder, info] = await Promise.all([
+      folders.checkParent(path, parents),
+      hasKeysBeneath(bucket, key),
+      needsLook ? bucket.s3.head(key) : undefined,
+    ]);
+    if (isFolder && !info) throw notAFile(path);
+    if (noClobber && info) throw exists(path);
+    if (etag !== "" && info?.etag !== etag) throw notThatVersion(path);
+  }
+
+  async #place(upload: BucketUpload, folders: Folders): Promise<Meta> {
+    const { request } = upload;
+    await this.#checkTarget(request, folders);
+    const { noClobber, etag } = request;
+    const conditions = { ifNoneMatch: noClobber ? "*" : undefined, ifMatch: etag || undefined } as const;
+    try {
+      return await upload.place(conditions);
+    } catch (error) {
+      if (!isConflict(error)) throw error;
+      throw noClobber ? exists(request.path) : notThatVersion(request.path);
+    }
+  }
+
+  async #remove(path: string, recursive: boolean, folders: Folders): Promise<undefined> {
+    const key = this.#nameOf(path);
+    const { bucket } = this.#shared;
+    const isFile = (await bucket.s3.head(key)) !== undefined;
+    if (!isFile && !(await hasKeysBeneath(bucket, key))) throw notFound(path);
+    if (!isFile && !recursive) throw refused(`${quote(path)} is a folder; rm -r removes it with all that is in it`);
+    await folders.keepParent(path);
+    if (isFile) return bucket.s3.remove(key) as Promise<undefined>;
+    folders.forget();
+    await this.#removeBeneath(`${key}/`);
+  }
+
+  async #removeBeneath(prefix: string): Promise<void> {
+    const { s3 } = this.#shared.bucket;
+    for (;;) {
+      // From the start each time: what is behind moves up.
+      const { objects, next } = await s3.list(prefix);
+      const keys = objects.flatMap(({ key }) => key ?? []);
+      if (keys.length < objects.length) throw refused("a key in it is no UTF-8, and this server cannot name it");
+      if (keys.length > 0) await s3.removeAll(keys);
+      if (next === undefined) return;
+    }
+  }
+
+  async #move(path: string, to: string, overwrite: boolean, folders: Folders): Promise<undefined> {
+    const [from, target] = [this.#nameOf(path), this.#nameOf(to)];
+    const { bucket } = this.#shared;
+    await folders.checkParent(to, false);
+    const source = await bucket.s3.head(from);
+    if (!source && !(await hasKeysBeneath(bucket, from))) throw notFound(path);
+    const [there, isFolder] = await Promise.all([bucket.s3.head(target), hasKeysBeneath(bucket, target)]);
+    if (isFolder && !there && source) throw notAFile(to);
+    if ((there || isFolder) && !overwrite) throw exists(to);
+    if (from === target) return;
+    if (`${target}/`.startsWith(`${from}/`)) throw refused(`${quote(path)} cannot be moved into itself`);
+    await folders.keepParent(path);
+    folders.forget();
+    if (source) {
+      await this.#copy(from, source, target);
+      return bucket.s3.remove(from) as Promise<undefined>;
+    }
+    if (there) throw notAFolder(to, to);
+    if (isFolder && !(await this.#isOnlyMarker(`${target}/`))) throw exists(to);
+    await this.#moveBeneath(`${from}/`, `${target}/`);
+  }
+
+  async #isOnlyMarker(prefix: string): Promise<boolean> {
+    const { objects } = await this.#shared.bucket.s3.list(prefix, { max: 2 });
+    return objects.every(({ key }) => key === prefix);
+  }
+
+  /** All copies are there before the first original goes. */
+  async #moveBeneath(from: string, to: string): Promise<void> {
+    const { s3 } = this.#shared.bucket;
+    let token: string | undefined;
+    do {
+      const { objects, next } = await s3.list(from, { token });
+      token = next;
+      for (const { key } of objects) {
+        const target = key === undefined ? undefined : to + key.slice(from.length);
+        if (target === undefined || Buffer.byteLength(target) > MAX_KEY_BYTES || /(^|\/)\.\.?(\/|$)/.test(target)) {
+          throw refused("something in it has a name that cannot be moved there");
+        }
+      }
+      for (let at = 0; at < objects.length; at += MAX_TOGETHER) {
+        const some = objects.slice(at, at + MAX_TOGETHER).map(({ key }) => key!);
+        await Promise.all(some.map((key) => this.#copyIfThere(key, to + key.slice(from.length))));
+      }
+    } while (token !== undefined);
+    await this.#removeBeneath(from);
+  }
+
+  async #copyIfThere(from: string, to: string): Promise<void> {
+    const info = await this.#shared.bucket.s3.head(from);
+    if (info) await this.#copy(from, info, to);
+  }
+
+  async #copy(from: string, { etag, size, mtime, modifiedMs }: ObjectInfo, to: string): Promise<void> {
+    const { s3 } = this.#shared.bucket;
+    if (size <= MAX_COPY_BYTES) return s3.copy(from, etag, to);
+    const uploadId = await s3.createUpload(to, mtime ?? textOfTime(modifiedMs * 1000));
+    try {
+      const parts: Part[] = [];
+      for (let at = 0; at < size; at += COPY_PART_BYTES) {
+        const [number, length] = [parts.length + 1, Math.min(COPY_PART_BYTES, size - at)];
+        parts.push({ number, etag: await s3.copyPart(to, uploadId, number, from, etag, at, length) });
+      }
+      await s3.completeUpload(to, uploadId, parts);
+    } catch (error) {
+      await s3.abortUpload(to, uploadId).catch(() => {});
+      throw error;
+    }
+  }
+
+  async #makeFolder(path: string, parents: boolean, folders: Folders): Promise<undefined> {
+    const segments = checkName(path);
+    if (segments.length === 0) {
+      if (parents) return;
+      throw exists(path);
+    }
+    const key = this.#keyOf(path);
+    const { bucket } = this.#shared;
+    await folders.checkParent(path, parents);
+    const [info, isThere] = await Promise.all([bucket.s3.head(key), hasKeysBeneath(bucket, key)]);
+    if ((info || isThere) && !parents) throw exists(path);
+    if (info) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
+    if (!isThere) await bucket.s3.put(`${key}/`, "");
+    folders.note(path);
+  }
+
+  /** Of what is to be changed; not the folder itself. */
+  #nameOf(path: string): string {
+    if (checkName(path).length === 0) throw refused("the served folder itself cannot be changed");
+    return this.#keyOf(path);
+  }
+
+  /** Throws `bad_name`, `refused`. */
+  #keyOf(path: string): string {
+    if (checkName(path).length === 0) throw refused("the served folder itself cannot be changed");
+    const key = keyFor(this.#shared.bucket, this.#folder, path);
+    // With a "/" behind it where it is a folder.
+    if (Buffer.byteLength(key) < MAX_KEY_BYTES) return key;
+    throw new RepriseError("bad_name", `refused: the server's storage takes no name as long as ${quote(path, 60)}`);
+  }
+
+  async #wrapped<T>(path: string, work: () => Promise<T>): Promise<T> {
+    try {
+      return await work();
+    } catch (error) {
+      throw this.#shared.bucket.errorOf(error, path);
+    }
+  }
+}
+
+function isId(id: string): boolean {
+  return /^[0-9a-f]{32}$/.test(id);
+}
+
+/** The end of those, from `start` on, that may be made in any order: puts to names of which none is in another. */
+function endOfIndependent(changes: Change[], start: number): number {
+  const taken = new Set<string>();
+  const above = new Set<string>();
+  let end = start;
+  for (; end < changes.length && end - start < MAX_TOGETHER; end++) {
+    const change = changes[end]!;
+    if (change.action !== "put") break;
+    const { path } = change.request;
+    const folders = foldersAbove(path);
+    if (taken.has(path) || above.has(path) || folders.some((folder) => taken.has(folder))) break;
+    taken.add(path);
+    for (const folder of folders) above.add(folder);
+  }
+  return Math.max(end, start + 1);
+}
+
+/** From the outermost to the one that it is in. */
+function foldersAbove(path: string): string[] {
+  const names = path.split("/");
+  return names.slice(1).map((_, index) => names.slice(0, index + 1).join("/"));
+}
+
+/** The folders that changes made together have to do with, each asked for once. */
+class Folders {
+  readonly #bucket: Bucket;
+  readonly #folder: string;
+  readonly #known = new Map<string, Promise<"folder" | "file" | "nothing">>();
+
+  constructor(bucket: Bucket, folder: string) {
+    this.#bucket = bucket;
+    this.#folder = folder;
+  }
+
+  /** Throws `not_found` where there is no such folder, unless it is to be made; `not_a_folder` where there is a file. */
+  async checkParent(path: string, isMade: boolean): Promise<void> {
+    const above = foldersAbove(path);
+    const asked = isMade ? above : above.slice(-1);
+    const kinds = await Promise.all(asked.map((folder) => this.#kindOf(folder)));
+    const file = asked[kinds.indexOf("file")];
+    if (file !== undefined) throw notAFolder(file, path);
+    if (isMade || kinds[0] !== "nothing") return;
+    const text = `not found: the folder ${quote(asked[0]!)} for ${quote(path)}; mkdir -p makes it`;
+    throw new RepriseError("not_found", text);
+  }
+
+  #kindOf(path: string): Promise<"folder" | "file" | "nothing"> {
+    const known = this.#known.get(path);
+    if (known) return known;
+    const kind = this.#look(path);
+    kind.catch(() => this.#known.delete(path));
+    this.#known.set(path, kind);
+    return kind;
+  }
+
+  async #look(path: string): Promise<"folder" | "file" | "nothing"> {
+    const key = keyFor(this.#bucket, this.#folder, path);
+    const [info, isFolder] = await Promise.all([this.#bucket.s3.head(key), hasKeysBeneath(this.#bucket, key)]);
+    return info ? "file" : isFolder ? "folder" : "nothing";
+  }
+
+  /** The folder that something goes from stays, though it may have been the last in it. */
+  async keepParent(path: string): Promise<void> {
+    const parent = foldersAbove(path).at(-1);
+    if (parent === undefined) return;
+    const { s3 } = this.#bucket;
+    const prefix = `${keyFor(this.#bucket, this.#folder, parent)}/`;
+    const key = keyFor(this.#bucket, this.#folder, path);
+    const { objects } = await s3.list(prefix, { max: 2 });
+    const isOther = (found: string | undefined) => found !== key && !found?.startsWith(`${key}/`);
+    if (objects.some((object) => isOther(object.key))) return;
+    // U+10FFFF is behind all that is in a folder.
+    const behind = await s3.list(prefix, { max: 1, startAfter: `${key}/\u{10ffff}` });
+    if (behind.objects.length === 0) await s3.put(prefix, "");
+  }
+
+  note(path: string): void {
+    this.#known.set(path, Promise.resolve("folder"));
+  }
+
+  /** A folder may have gone from where it was. */
+  forget(): void {
+    this.#known.clear();
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- upload
+
+function stateKey({ prefix }: Bucket, id: string): string {
+  return `${prefix}.reprise/put-${id}`;
+}
+
+async function readState(bucket: Bucket, id: string): Promise<{ state: State; etag: string } | undefined> {
+  const found = await bucket.s3.readAll(stateKey(bucket, id));
+  if (!found) return undefined;
+  try {
+    const state: State = JSON.parse(new TextDecoder().decode(found.body));
+    return state.version === 1 && Array.isArray(state.parts) ? { state, etag: found.etag } : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+class BucketUpload implements Upload {
+  readonly action = "put";
+  readonly request: Put;
+  readonly #shared: Shared;
+  readonly #key: string;
+  readonly #partBytes: number;
+  /** In their order; those that are on their way are not here yet. */
+  readonly #parts: (HeldPart | undefined)[] = [];
+  #uploadId: string | undefined;
+  /** The state's, as it was written last. */
+  #stateEtag: string | undefined;
+  #savedParts = 0;
+  #saving: Promise<void> | undefined;
+  readonly #flights = new Set<Promise<void>>();
+  #failure: unknown;
+  /** The part that comes, and what is taken for it from which budget. */
+  #part: Uint8Array | undefined;
+  #filled = 0;
+  #sum = 0;
+  #hasher = new Bun.CryptoHasher("sha256");
+  #taken: { budget: Budget; bytes: number } | undefined;
+  #isDropped = false;
+  #isPlaced = false;
+  isClosed = false;
+  /** All that was on its way when it was closed has come to its end. */
+  closed: Promise<void> = Promise.resolve();
+  bytes: number;
+
+  constructor(shared: Shared, request: Put, key: string, held: { state: State; etag: string } | undefined) {
+    this.#shared = shared;
+    this.request = request;
+    this.#key = key;
+    this.bytes = request.offset;
+    const size = request.size === UNKNOWN_SIZE ? 0 : request.size;
+    this.#partBytes = Math.max(PART_BYTES, Math.ceil(size / MAX_PARTS / MIB) * MIB);
+    if (held) this.#goOn(held);
+    if (request.id !== "") shared.uploads.set(request.id, this);
+  }
+
+  /** With the parts that end where the content begins. */
+  #goOn({ state, etag }: { state: State; etag: string }): void {
+    let bytes = 0;
+    for (const [length, etag, crc32] of state.parts) {
+      if (bytes >= this.request.offset) break;
+      this.#parts.push({ length, etag, crc32 });
+      bytes += length;
+    }
+    if (bytes !== this.request.offset) throw notHeld(this.request);
+    this.#uploadId = state.uploadId;
+    this.#stateEtag = etag;
+    this.#savedParts = this.#parts.length;
+  }
+
+  write(content: Uint8Array): void {
+    // The frame that it lies in is ours until this is done.
+    this.#part = content;
+    this.#filled = this.bytes = content.length;
+  }
+
+  async append(chunk: Uint8Array, crc32: number, free: Release): Promise<void> {
+    try {
+      await this.#append(chunk, crc32);
+    } catch (error) {
+      throw this.#shared.bucket.errorOf(error, this.request.path);
+    } finally {
+      free(chunk);
+    }
+  }
+
+  async #append(chunk: Uint8Array, crc32: number): Promise<void> {
+    if (this.#failure) throw this.#failure;
+    const { maxUpload } = this.#shared.bucket;
+    if (this.bytes + chunk.length > maxUpload) {
+      await this.drop();
+      throw tooLarge(this.request, maxUpload);
+    }
+    for (let at = 0; at < chunk.length; ) {
+      const part = await this.#room();
+      const piece = chunk.subarray(at, at + part.length - this.#filled);
+      part.set(piece, this.#filled);
+      this.#hasher.update(piece);
+      this.#sum = crc32Combine(this.#sum, piece === chunk ? crc32 : Bun.hash.crc32(piece), piece.length);
+      this.#filled += piece.length;
+      this.bytes += piece.length;
+      at += piece.length;
+    }
+  }
+
+  /** A part with room in it. What is full waits for more to come: it may be all there is. */
+  async #room(): Promise<Uint8Array> {
+    if (this.#part && this.#filled < this.#part.length) return this.#part;
+    if (this.#part) await this.#send();
+    const bytes = this.#nextPartBytes();
+    await this.#shared.parts.take(bytes);
+    this.#taken = { budget: this.#shared.parts, bytes };
+    this.#part = new Uint8Array(bytes);
+    this.#filled = this.#sum = 0;
+    this.#hasher = new Bun.CryptoHasher("sha256");
+    return this.#part;
+  }
+
+  /** Where the size is not known, parts become larger before there are too many of them. */
+  #nextPartBytes(): number {
+    const { size } = this.request;
+    if (size !== UNKNOWN_SIZE) return Math.max(1, Math.min(this.#partBytes, size - this.bytes));
+    const doublings = Math.max(0, Math.floor((this.#parts.length - MAX_PARTS / 2) / 1000) + 1);
+    return Math.min(MAX_PART_BYTES, this.#partBytes * 2 ** doublings);
+  }
+
+  /** Sends the part that is full, beside what comes. */
+  async #send(): Promise<void> {
+    if (this.#parts.length >= MAX_PARTS) throw tooLarge(this.request, this.bytes);
+    const body = this.#part!.subarray(0, this.#filled);
+    const [taken, crc32, sha256] = [this.#taken!, this.#sum, this.#hasher.digest("hex")];
+    this.#part = this.#taken = undefined;
+    const index = this.#parts.push(undefined) - 1;
+    try {
+      while (this.#flights.size >= MAX_FLIGHTS) await Promise.race(this.#flights);
+      await this.#begin();
+      if (this.#failure) throw this.#failure;
+    } catch (error) {
+      taken.budget.give(taken.bytes);
+      throw error;
+    }
+    const flight = this.#sendPart(index, body, crc32, sha256)
+      .catch((error) => {
+        this.#failure ??= error;
+      })
+      .finally(() => {
+        taken.budget.give(taken.bytes);
+        this.#flights.delete(flight);
+      });
+    this.#flights.add(flight);
+  }
+
+  async #begin(): Promise<void> {
+    const { s3 } = this.#shared.bucket;
+    this.#uploadId ??= await s3.createUpload(this.#key, textOfTime(this.request.mtime));
+  }
+
+  async #sendPart(index: number, body: Uint8Array, crc32: number, sha256: string): Promise<void> {
+    const { s3 } = this.#shared.bucket;
+    const etag = await s3.putPart(this.#key, this.#uploadId!, index + 1, body, sha256);
+    this.#parts[index] = { length: body.length, etag, crc32 };
+    // Of many parts not each is written down at once: what is written grows with them.
+    if (this.#countHeld() - this.#savedParts >= Math.max(1, this.#parts.length >> 6)) await this.#save();
+  }
+
+  /** From the first on, without a gap. */
+  #countHeld(): number {
+    const gap = this.#parts.indexOf(undefined);
+    return gap < 0 ? this.#parts.length : gap;
+  }
+
+  /** Writes down what S3 has. Throws `in_use` where somebody else has gone on with the upload. */
+  async #save(): Promise<void> {
+    if (this.request.id === "" || this.#isDropped) return;
+    while (this.#saving) await this.#saving;
+    const count = this.#countHeld();
+    if (count <= this.#savedParts || this.#isDropped) return;
+    this.#saving = this.#saveNow(count).finally(() => {
+      this.#saving = undefined;
+    });
+    await this.#saving;
+  }
+
+  async #saveNow(count: number): Promise<void> {
+    const { bucket } = this.#shared;
+    const parts = this.#parts.slice(0, count).map((part) => [part!.length, part!.etag, part!.crc32] as const);
+    const state = { version: 1, uploadId: this.#uploadId, key: this.#key, mtime: this.request.mtime, parts };
+    const [key, text] = [stateKey(bucket, this.request.id), JSON.stringify(state)];
+    const conditions: PutConditions = this.#stateEtag ? { ifMatch: this.#stateEtag } : { ifNoneMatch: "*" };
+    try {
+      this.#stateEtag = await bucket.s3.put(key, text, conditions);
+    } catch (error) {
+      if (!isConflict(error)) throw error;
+      // It may be ours, and only the answer was lost.
+      const found = await bucket.s3.readAll(key);
+      if (!found || new TextDecoder().decode(found.body) !== text) throw inUse(this.request);
+      this.#stateEtag = found.etag;
+    }
+    this.#savedParts = count;
+  }
+
+  async settle(): Promise<void> {
+    try {
+      await this.#settle();
+    } catch (error) {
+      throw this.#shared.bucket.errorOf(error, this.request.path);
+    }
+  }
+
+  /** What fits one part is kept for its turn, if there is room to keep it; else it goes where the parts are. */
+  async #settle(): Promise<void> {
+    if (this.#part && this.#taken && !this.#failure) {
+      const { parts, held } = this.#shared;
+      const isWhole = this.#parts.length === 0 && this.#taken.budget === parts && held.tryTake(this.#filled);
+      if (isWhole) {
+        parts.give(this.#taken.bytes);
+        this.#taken = { budget: held, bytes: this.#filled };
+      } else if (this.#taken.budget === parts) await this.#send();
+    }
+    while (this.#flights.size > 0) await Promise.race(this.#flights);
+    if (this.#failure) throw this.#failure;
+  }
+
+  /** Gives it its name. */
+  async place(conditions: PutConditions): Promise<Meta> {
+    const { s3 } = this.#shared.bucket;
+    const { mtime } = this.request;
+    if (this.#uploadId === undefined) {
+      const body = this.#part?.subarray(0, this.#filled) ?? new Uint8Array(0);
+      const etag = await this.#putWhole(body, conditions);
+      this.#isPlaced = true;
+      return { kind: "file", size: body.length, mtime, etag };
+    }
+    const parts = this.#parts.map((part, index) => ({ number: index + 1, etag: part!.etag }));
+    try {
+      await s3.completeUpload(this.#key, this.#uploadId, parts, conditions);
+    } catch (error) {
+      if (!isLost(error)) throw error;
+      const info = await s3.head(this.#key);
+      if (info?.etag !== this.#etag) {
+        await this.drop();
+        throw inUse(this.request);
+      }
+    }
+    this.#isPlaced = true;
+    // Whoever asks what is held of it now learns that there is nothing, and looks under its name.
+    if (this.#savedParts > 0) await s3.remove(stateKey(this.#shared.bucket, this.request.id)).catch(() => {});
+    const info = await s3.head(this.#key);
+    if (info?.etag === this.#etag) return metaOf(info);
+    return { kind: "file", size: this.bytes, mtime, etag: this.#etag };
+  }
+
+  async #putWhole(body: Uint8Array, conditions: PutConditions): Promise<string> {
+    const { s3 } = this.#shared.bucket;
+    try {
+      return await s3.put(this.#key, body, { mtime: textOfTime(this.request.mtime), ...conditions });
+    } catch (error) {
+      // The try before it may be what is there now.
+      if (!isConflict(error) || !error.isRetried) throw error;
+      const etag = new Bun.CryptoHasher("md5").update(body).digest("hex");
+      const info = await s3.head(this.#key);
+      if (info?.etag !== etag || metaOf(info).mtime !== this.request.mtime) throw error;
+      return etag;
+    }
+  }
+
+  /** What S3 makes of those of the parts. */
+  get #etag(): string {
+    const hasher = new Bun.CryptoHasher("md5");
+    for (const part of this.#parts) hasher.update(Buffer.from(part!.etag, "hex"));
+    return `${hasher.digest("hex")}-${this.#parts.length}`;
+  }
+
+  async drop(): Promise<void> {
+    this.#isDropped = true;
+    this.#release();
+    await Promise.allSettled([...this.#flights]);
+    const { s3 } = this.#shared.bucket;
+    try {
+      if (this.#uploadId !== undefined && !this.#isPlaced) await s3.abortUpload(this.#key, this.#uploadId);
+      if (this.#stateEtag !== undefined) await s3.remove(stateKey(this.#shared.bucket, this.request.id));
+    } catch {
+      // The sweep comes for what is left.
+    }
+  }
+
+  close(): void {
+    if (this.isClosed) return;
+    this.isClosed = true;
+    this.#release();
+    this.closed = this.#leave().catch(() => {
+      // The sweep comes for what is left.
+    });
+  }
+
+  #release(): void {
+    if (this.#taken) this.#taken.budget.give(this.#taken.bytes);
+    this.#part = this.#taken = undefined;
+  }
+
+  /** What is on its way is still written down for whoever goes on. */
+  async #leave(): Promise<void> {
+    const { uploads, bucket } = this.#shared;
+    const { id } = this.request;
+    try {
+      await Promise.allSettled([...this.#flights]);
+      if (this.#isPlaced || this.#isDropped || this.#uploadId === undefined) return;
+      if (id === "") await bucket.s3.abortUpload(this.#key, this.#uploadId);
+      else await this.#save();
+    } finally {
+      if (uploads.get(id) === this) uploads.delete(id);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- errors
+
+function isConflict(error: unknown): error is S3Error {
+  return error instanceof S3Error && ["PreconditionFailed", "ConditionalRequestConflict"].includes(error.code);
+}
+
+/** S3 knows nothing of the upload, or has other parts: it was completed, dropped, or somebody else sends it, too. */
+function isLost(error: unknown): boolean {
+  return error instanceof S3Error && ["NoSuchUpload", "InvalidPart", "NoSuchKey"].includes(error.code);
+}
+
+function inUse({ path }: Put): RepriseError {
+  return new RepriseError("in_use", `${quote(path)} is being received by another server as well`);
+}
+
+function notThatVersion(path: string): RepriseError {
+  return new RepriseError(
+    "changed",
+    `changed on the server: ${quote(path)} is not the version that was to be replaced`,
+  );
+}
+
+function notFound(path: string): RepriseError {
+  return new RepriseError("not_found", `not found: ${quote(path)}`);
+}
