@@ -150,7 +150,8 @@ function openEager(fd: number): number | undefined {
   }
 }
 
-async function writeAll(fd: number, chunks: Uint8Array[], position: number | null): Promise<void> {
+/** All of them, in their order, from `position` on; null for what takes bytes as they come. */
+export async function writeAll(fd: number, chunks: Uint8Array[], position: number | null): Promise<void> {
   for (let rest = chunks; rest.length > 0; ) {
     const count = await writeSome(fd, rest, position);
     // A pipe that some other process has set to not block, and that is full.
