@@ -11,6 +11,7 @@
  *
  * Not shown are keys that no path can name. Where a key is a file and has others behind it, the file is shown.
  */
+import type { Cache, Origin } from "./cache.ts";
 import { type Entry, MAX_SEGMENT_BYTES, type Meta, quote, RepriseError, splitPath, UNKNOWN_SIZE } from "./protocol.ts";
 import { type ListedObject, type ListPage, type ObjectInfo, S3, S3Error, type S3Settings } from "./s3.ts";
 import { isHidden, join, type OpenFile, type Root } from "./storage.ts";
@@ -35,21 +36,11 @@ const MAX_SAID_KEYS = 100;
 /** How long the question whether S3 answers may take. */
 const CHECK_MS = 3_000;
 
-/** An OpenFile whose chunks may be kept elsewhere: see cache.ts. */
-export interface Origin extends OpenFile {
-  /** These bytes of this version, by one request. */
-  fetch(offset: number, length: number): Promise<Uint8Array>;
-}
-
-/** What keeps chunks of files on this machine. */
-export interface ReadCache {
-  wrap(name: string, origin: Origin): OpenFile;
-}
-
 export interface BucketOptions {
   /** Bytes of the largest file that is taken. */
   maxUpload?: number | undefined;
-  cache?: ReadCache | undefined;
+  /** Keeps chunks of files on this machine. */
+  cache?: Cache | undefined;
   /** Told of what whoever runs the server should know, a line at a time. */
   say?: (path: string | undefined, what: string) => void;
   env?: Record<string, string | undefined>;
@@ -105,7 +96,7 @@ export class Bucket {
   readonly prefix: string;
   readonly maxUpload: number;
   readonly root: Root;
-  readonly cache: ReadCache | undefined;
+  readonly cache: Cache | undefined;
   readonly times = new Times();
   readonly reads = new Budget(READ_BUDGET_BYTES);
   /** Downloads that are under way. */

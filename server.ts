@@ -24,6 +24,7 @@ import type { Subprocess, TCPSocketListener } from "bun";
 import { Admission, Gate, type Question, type Reply, type Verdict } from "./admission.ts";
 import { isBucket, openBucket } from "./bucket.ts";
 import { openBucketChanges } from "./bucketput.ts";
+import { CACHE_DESCRIPTORS, Cache } from "./cache.ts";
 import { type Changes, openChanges } from "./changes.ts";
 import {
   type Args,
@@ -72,6 +73,9 @@ const OWN_DESCRIPTORS = 64 + MAX_TURNED_AWAY;
 /** Of each connection: its socket, and the file that it is about; and the two folders of a change. */
 const DESCRIPTORS_EACH = 2;
 const FOLDERS_EACH = 2;
+/** What a cache may take if nothing is said, and the least that it may be given: some chunks of each worker. */
+const CACHE_BYTES = 10 * 1024 ** 3;
+const MIN_CACHE_BYTES = 64 * 1024 ** 2;
 /** How long a stopping process waits for what it has told to end. */
 const STOP_MS = 800;
 /** A worker looks this often for what uploads that were given up have left. */
@@ -136,7 +140,7 @@ function openStorage(settings: Settings, { versions: etags }: Hub): Pick<Worker,
     return { root: openFolder(root, etags), changes };
   }
   const say = (path: string | undefined, status: string) => log(settings, { event: "storage", status, path });
-  const bucket = openBucket(root, { maxUpload, say });
+  const bucket = openBucket(root, { maxUpload, say, cache: openCache(settings) });
   return { root: bucket.root, changes: writable ? openBucketChanges(bucket) : undefined };
 }
 
@@ -226,6 +230,12 @@ async function drain(
 async function waitUntil(condition: () => boolean, ms: number): Promise<void> {
   const end = performance.now() + ms;
   while (!condition() && performance.now() < end) await Bun.sleep(Math.min(100, end - performance.now()));
+}
+
+function openCache(settings: Settings): Cache | undefined {
+  const { cache, workers } = settings;
+  const say = (problem: string) => log(settings, { event: "cache", status: problem });
+  return cache && Cache.open(cache.folder, { maxBytes: cache.maxBytes, workers, say });
 }
 
 // ---------------------------------------------------------------------------------------------------- keeper
@@ -491,6 +501,8 @@ export const main = command({
     workers: { type: "string", valueHint: "number", description: "Processes; one for each processor if not given" },
     writable: { type: "boolean", description: "Take uploads and other changes" },
     "anonymous-write": { type: "boolean", description: "From other machines too, without a token" },
+    cache: { type: "string", valueHint: "folder", description: "With a bucket: keep what is read on this disk" },
+    "cache-size": { type: "string", valueHint: "size", description: "What that may take of it; 10G if not given" },
     tokens: { type: "string", valueHint: "file", description: "Who may do what; see the command token" },
     "tls-cert": { type: "string", valueHint: "file", description: "Speak TLS: certificate and its chain, PEM" },
     "tls-key": { type: "string", valueHint: "file", description: "The certificate's key, PEM" },
@@ -625,6 +637,7 @@ function settingsFrom(args: Args): Omit<Settings, "worker"> {
     host: String(args.host),
     port: numberOption(args, "port", { min: 0, max: 65_535 }),
     ...connectionsOf(args, workers),
+    cache: cacheFrom(args),
     maxPerAddress: numberOption(args, "max-per-address", { min: 0, max: 1_000_000 }),
     idleMs: secondsOption(args, "idle-timeout"),
     minRate: sizeOption(args, "min-rate", 0)!,
@@ -647,6 +660,17 @@ function redirectOnlyOf(args: Args): boolean {
   if (isOnly && args.cluster === undefined) throw usage("--redirect-only needs --cluster");
   if (isOnly && args.writable === true) throw usage("--redirect-only and --writable exclude each other");
   return isOnly;
+}
+
+function cacheFrom(args: Args): Settings["cache"] {
+  const folder = args.cache as string | undefined;
+  if (folder === undefined && args["cache-size"] !== undefined) throw usage("--cache-size is for --cache");
+  if (folder === undefined) return undefined;
+  if (!isBucket(String(args.root))) throw usage("--cache is for a bucket: the files of a folder are on disk already");
+  if (folder === "") throw usage("--cache takes a folder");
+  const maxBytes = sizeOption(args, "cache-size") ?? CACHE_BYTES;
+  if (maxBytes < MIN_CACHE_BYTES) throw usage("--cache-size takes 64M or more");
+  return { folder, maxBytes };
 }
 
 function accessFrom(args: Args): Pick<Settings, "writable" | "anonymousWrite" | "tokens" | "tls"> {
@@ -710,7 +734,8 @@ function checkAdvertised(text: string): string {
 function connectionsOf(args: Args, workers: number): Pick<Settings, "maxConnections" | "maxOfWorker"> {
   const wanted = numberOption(args, "max-connections", { min: 1, max: 1_000_000 });
   const limit = Number(/Max open files\s+(\d+)/.exec(readFileSync("/proc/self/limits", "utf8"))?.[1] ?? 1024);
-  const own = OWN_DESCRIPTORS + (args.writable === true ? STAGED_DESCRIPTORS : 0);
+  const ofCache = args.cache === undefined ? 0 : CACHE_DESCRIPTORS;
+  const own = OWN_DESCRIPTORS + ofCache + (args.writable === true ? STAGED_DESCRIPTORS : 0);
   const each = DESCRIPTORS_EACH + (args.writable === true ? FOLDERS_EACH : 0);
   const maxOfWorker = Math.max(1, Math.floor((limit - own) / each));
   const maxConnections = Math.min(wanted, maxOfWorker * workers);

@@ -99,6 +99,8 @@ export interface Settings extends SecretFiles {
   maxList: number;
   /** Who needs no token may write from other machines as well. */
   anonymousWrite: boolean;
+  /** Where chunks of a bucket's files are kept on this machine, and how much of its disk they may take. */
+  cache?: { folder: string; maxBytes: number } | undefined;
   /** It is, or was, in a cluster: see `Hub`. */
   clustered: boolean;
   /** It has no files, and only sends clients on. */
