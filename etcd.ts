@@ -297,8 +297,12 @@ export class Etcd {
     );
   }
 
-  /** Messages of a watch; ends by a throw alone, of what `signal` was given, too. */
-  async *watch(endpoint: string, create: object, signal: AbortSignal): AsyncGenerator<Watched> {
+  /** Messages of a watch; ends by a throw alone, of what `signal` was given, too. `onBytes`: parts of one come. */
+  async *watch(
+    endpoint: string,
+    create: object,
+    { signal, onBytes }: { signal: AbortSignal; onBytes: () => void },
+  ): AsyncGenerator<Watched> {
     const ended = new AbortController();
     const end = () => ended.abort(signal.reason);
     if (signal.aborted) end();
@@ -312,7 +316,7 @@ export class Etcd {
           return response;
         }),
       );
-      for await (const line of linesOf(response.body!)) {
+      for await (const line of linesOf(response.body!, onBytes)) {
         const { result, error } = parsed(line) as { result?: Watched; error?: object };
         if (!result) throw refusal(500, JSON.stringify(error ?? {}));
         if (result.canceled && isAboutToken(result.cancel_reason ?? "")) this.#token = undefined;
@@ -442,11 +446,12 @@ export class Etcd {
 type Headers = { [name: string]: string };
 type Answer = { [name: string]: unknown };
 
-async function* linesOf(body: ReadableStream<Uint8Array>): AsyncGenerator<string> {
+async function* linesOf(body: ReadableStream<Uint8Array>, onBytes: () => void): AsyncGenerator<string> {
   const decoder = new TextDecoder();
   const parts: string[] = [];
   let characters = 0;
   for await (const chunk of body as unknown as AsyncIterable<Uint8Array>) {
+    onBytes();
     const lines = decoder.decode(chunk, { stream: true }).split("\n");
     for (const [at, line] of lines.entries()) {
       characters += line.length;

@@ -15,7 +15,6 @@ import {
   get,
   getAll,
   type KeyValue,
-  type RangeAnswer,
   type TxnAnswer,
   unreachable,
   type Watched,
@@ -27,6 +26,8 @@ import { RepriseError } from "./protocol.ts";
 
 /** A watch on which nothing came for so long is begun again elsewhere: a beat or two may be late. */
 const SILENCE_MS = 3_000;
+/** While history comes, which etcd may take long to collect: from that limit up to this one, each time nothing has come. */
+const MAX_SILENCE_MS = 60_000;
 const CHECK_MS = 250;
 /** Records in one answer, which may have 4 MiB. */
 export const PIECE = 500;
@@ -96,6 +97,8 @@ export class Follower {
   /** Of a revision whose end has not come yet. */
   #held: KeyValue[] = [];
   #heardAt = performance.now();
+  /** For the history. */
+  #silenceMs = SILENCE_MS;
   #endpoint = 0;
   /** Linearizable reads are answered, and the watch is begun. */
   #hasBegun = false;
@@ -165,8 +168,12 @@ export class Follower {
   #check(): void {
     const now = performance.now();
     const { leasedAt } = this.#options.beats;
-    const silent = new RepriseError("busy", `nothing was heard for ${SILENCE_MS / 1000} s`);
-    if (this.#hasBegun && now - this.#heardAt > SILENCE_MS) this.#attempt.abort(silent);
+    const limit = this.#isCurrent ? SILENCE_MS : this.#silenceMs;
+    const silent = new RepriseError("busy", `nothing was heard for ${limit / 1000} s`);
+    if (this.#hasBegun && now - this.#heardAt > limit && !this.#attempt.signal.aborted) {
+      if (!this.#isCurrent) this.#silenceMs = Math.min(this.#silenceMs * 2, MAX_SILENCE_MS);
+      this.#attempt.abort(silent);
+    }
     const isHeard = now - this.#heardAt <= LEASE_MS;
     const isLeased = leasedAt === undefined || now - leasedAt <= LEASE_MS;
     if (!isHeard || !isLeased) this.#lose(this.#problem ?? silent);
@@ -195,12 +202,12 @@ export class Follower {
     const { etcd, keys } = this.#options;
     const upTo = await this.#begin(endpoint, signal);
     if (upTo === undefined) return new RepriseError("interrupted");
-    this.#heardAt = performance.now();
+    this.#hear();
     this.#hasBegun = true;
+    this.#isCurrent = false;
     this.#problem = undefined;
     this.#check();
-    if (this.#needsSnapshot || upTo - this.#position > MAX_REPLAYED) await this.#readAll(endpoint, upTo, signal);
-    this.#isCurrent = false;
+    if (this.#needsSnapshot || upTo - this.#position > MAX_REPLAYED) await this.#readAll(upTo, signal);
     this.#tellCurrent(upTo);
     this.#held = [];
     const create = {
@@ -210,9 +217,9 @@ export class Follower {
       fragment: true,
       progress_notify: true,
     };
-    for await (const watched of etcd.watch(endpoint, create, signal)) {
+    for await (const watched of etcd.watch(endpoint, create, { signal, onBytes: this.#hear })) {
       if (this.#isStopped) break;
-      this.#heardAt = performance.now();
+      this.#hear();
       if (watched.canceled) return this.#onCanceled(watched);
       if (!watched.created) this.#onEvents(watched, upTo);
       this.#tellCurrent(upTo);
@@ -220,9 +227,14 @@ export class Follower {
     return new RepriseError("interrupted");
   }
 
+  readonly #hear = (): void => {
+    this.#heardAt = performance.now();
+  };
+
   #tellCurrent(upTo: number): void {
     if (this.#isCurrent || this.#position < upTo || this.#isStopped) return;
     this.#isCurrent = true;
+    this.#silenceMs = SILENCE_MS;
     this.#options.following.onCurrent(this.#cursor);
   }
 
@@ -267,15 +279,15 @@ export class Follower {
   }
 
   /** In the order of their keys, which costs etcd least, as all of them are of one revision. */
-  async #readAll(endpoint: string, revision: number, signal: AbortSignal): Promise<void> {
+  async #readAll(revision: number, signal: AbortSignal): Promise<void> {
     const { etcd, keys, read, following } = this.#options;
     const end = endOf(keys.records);
     let newest = 0;
     for (let [key, part] = [encoded(keys.records), 0]; ; part++) {
       const body = { key, range_end: end, limit: String(PIECE), revision: String(revision) };
-      const answer = await etcd.callAt<RangeAnswer>(endpoint, "/v3/kv/range", body, signal);
-      const { kvs = [], more = false } = answer;
-      this.#heardAt = performance.now();
+      // Whichever endpoint answers: all have that revision.
+      const { kvs = [], more = false } = await etcd.range(body, signal);
+      this.#hear();
       if (this.#isStopped) return;
       const records = read(kvs);
       for (const { path, revision } of records) {

@@ -344,6 +344,21 @@ describe.skipIf(noEtcd !== undefined)("EtcdLedger", () => {
     etcd.close();
   });
 
+  test("a history that etcd takes long to collect is waited for, longer each time", async () => {
+    const name = freshName();
+    using proxy = proxyOf(shared);
+    const ledger = ledgerAt(proxy.cluster(name));
+    await ledger.open();
+    const { records } = await ledger.append("me", [proposal("a", 0, A), proposal("b", 0, A)]);
+    const rest = await ledger.append("me", [proposal("c", 0, A)]);
+    let watches = 0;
+    proxy.onRequest = (path) => (path === "/v3/watch" && ++watches > 0 ? "slow" : "pass");
+    const told = followed(ledger, records[0]!.revision, records[0]);
+    await waitFor("the history", () => told.current);
+    expect(told.records).toEqual(rest.records);
+    expect(watches).toBeGreaterThan(1);
+  });
+
   test("what is no record is left out, and said once", async () => {
     const name = freshName();
     const warnings: string[] = [];
@@ -685,7 +700,9 @@ type Fate =
   /** It is carried out, and nobody is told. */
   | "swallow"
   /** It is carried out when `sendLate` is called. */
-  | "late";
+  | "late"
+  /** Only the first part of the answer comes at once. */
+  | "slow";
 
 function once(path: string, fate: Fate): (path: string) => Fate {
   let left = 1;
@@ -706,9 +723,10 @@ function proxyOf(engine: Engine) {
       const send = () => fetch(engine.endpoints[0] + pathname, { method: "POST", body, signal: request.signal });
       if (fate === "late") late.push(() => fetch(engine.endpoints[0] + pathname, { method: "POST", body }));
       if (fate === "swallow") await send();
-      if (fate !== "pass") return new Promise<Response>(() => {});
+      if (fate !== "pass" && fate !== "slow") return new Promise<Response>(() => {});
       const answer = await send();
-      return new Response(answer.body, { status: answer.status });
+      const content = fate === "slow" ? slowed(answer.body!) : answer.body;
+      return new Response(content as ReadableStream, { status: answer.status });
     },
   });
   const proxy = {
@@ -720,4 +738,12 @@ function proxyOf(engine: Engine) {
     [Symbol.dispose]: () => void server.stop(true),
   };
   return proxy;
+}
+
+async function* slowed(body: ReadableStream<Uint8Array>): AsyncGenerator<Uint8Array> {
+  let parts = 0;
+  for await (const part of body as unknown as AsyncIterable<Uint8Array>) {
+    if (parts++ === 1) await Bun.sleep(5000);
+    yield part;
+  }
 }
