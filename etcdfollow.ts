@@ -31,8 +31,11 @@ const MAX_SILENCE_MS = 60_000;
 const CHECK_MS = 250;
 /** Records in one answer, which may have 4 MiB. */
 export const PIECE = 500;
-/** Revisions that are followed one by one before all records are read instead. */
-const MAX_REPLAYED = 50_000;
+/**
+ * Revisions that are followed one by one before all records are read instead: two hours of three members' beats. etcd
+ * takes three times as long for a change of long ago as for a record of a snapshot.
+ */
+const MAX_REPLAYED = 20_000;
 const FIRST_PAUSE_MS = 50;
 const LAST_PAUSE_MS = 1_000;
 
@@ -174,7 +177,7 @@ export class Follower {
       if (!this.#isCurrent) this.#silenceMs = Math.min(this.#silenceMs * 2, MAX_SILENCE_MS);
       this.#attempt.abort(silent);
     }
-    const isHeard = now - this.#heardAt <= LEASE_MS;
+    const isHeard = now - this.#heardAt <= Math.max(LEASE_MS, limit);
     const isLeased = leasedAt === undefined || now - leasedAt <= LEASE_MS;
     if (!isHeard || !isLeased) this.#lose(this.#problem ?? silent);
     else if (this.#hasBegun) this.#return();

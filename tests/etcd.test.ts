@@ -357,6 +357,8 @@ describe.skipIf(noEtcd !== undefined)("EtcdLedger", () => {
     await waitFor("the history", () => told.current);
     expect(told.records).toEqual(rest.records);
     expect(watches).toBeGreaterThan(1);
+    // etcd is there all the while.
+    expect(told.lost).toEqual([]);
   });
 
   test("what is no record is left out, and said once", async () => {
