@@ -233,7 +233,14 @@ describe.skipIf(noEtcd !== undefined)("EtcdLedger", () => {
     beating(mine, "m", { problem: "why" });
     const { revision } = records[0]!;
     await waitFor("the member", () => told.members.get("m"));
-    expect(told.members.get("m")).toEqual({ address: "m:1", known: revision, revision, live: true, problem: "why" });
+    expect(told.members.get("m")).toEqual({
+      address: "m:1",
+      known: revision,
+      revision,
+      live: true,
+      nodes: [],
+      problem: "why",
+    });
     expectNoGap(told.stretches);
     // From where one has come to: no snapshot.
     const later = followed(theirs, records[0]!.revision - 1, records[0]);
