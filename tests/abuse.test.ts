@@ -1011,25 +1011,30 @@ describe("bounds", () => {
     const { it, workers } = await measured({ args: ["--idle-timeout", "1.5"] });
     await using place = it;
     writeLargeFile(join(place.root, "big"), 16 << 20);
-    const drippers = await Promise.all(Array.from({ length: 100 }, () => connectRaw(place.server.port)));
+    const drippers: RawConnection[] = [];
     const slow = encodeRequest({ action: "stat", path: "x".repeat(3000) });
-    for (const { socket } of drippers) socket.write(encodeHello());
     let at = 0;
+    const connectDrippers = async () => {
+      at = 0;
+      drippers.push(...(await Promise.all(Array.from({ length: 100 }, () => connectRaw(place.server.port)))));
+      for (const { socket } of drippers.slice(-100)) socket.write(encodeHello());
+    };
+    await connectDrippers();
     const dripping = setInterval(() => {
       for (const { socket, closed } of drippers) if (!closed()) socket.write(slow.subarray(at, at + 1));
       at++;
     }, 50);
     const deaf = Array.from({ length: 100 }, () => deafReader(place.server.port, get("big")));
     let served = 0;
-    do {
+    // Where the machine is so slow that they are closed before, others take their place.
+    for (; served <= 10 || !drippers.every((peer) => peer.closed()); served++) {
+      if (drippers.every((peer) => peer.closed())) await connectDrippers();
       expect(await converse(place.server.port, get("file"))).toEqual(["meta file 6", "inside", "end", "end"]);
-      served++;
       await Bun.sleep(1);
-    } while (!drippers.every((peer) => peer.closed()));
+    }
     clearInterval(dripping);
     const ended = () => place.server.log.filter(({ event, status }) => event === "get" && status === "timeout").length;
     await waitFor("the deaf are closed", () => ended() === deaf.length);
-    expect(served).toBeGreaterThan(10);
     await expectUnharmed(place, workers);
     for (const peer of [...deaf, ...drippers]) peer[Symbol.dispose]();
   });
