@@ -119,16 +119,29 @@ type Said = Extract<ForKeeper, { message: unknown }>["message"] & { worker: numb
 /** `isReady`: each says at once that it can be told. */
 function startKeepers({ isReady = true } = {}): Keepers {
   const told: Told[][] = [];
-  let current: BunSocket<{ rest: string; told: Told[] }> | undefined;
-  const say = (...messages: ("ready" | FromKeeper)[]) => {
-    for (const message of messages) current!.write(`${JSON.stringify(message)}\n`);
+  interface Said {
+    rest: string;
+    told: Told[];
+    /** What the kernel has not taken yet. */
+    unsent: Buffer;
+  }
+  let current: BunSocket<Said> | undefined;
+  const flush = (socket: BunSocket<Said>) => {
+    const { data } = socket;
+    if (data.unsent.length > 0) data.unsent = data.unsent.subarray(Math.max(0, socket.write(data.unsent)));
   };
-  const listener = Bun.listen<{ rest: string; told: Told[] }>({
+  const say = (...messages: ("ready" | FromKeeper)[]) => {
+    const { data } = current!;
+    const lines = messages.map((message) => Buffer.from(`${JSON.stringify(message)}\n`));
+    data.unsent = Buffer.concat([data.unsent, ...lines]);
+    flush(current!);
+  };
+  const listener = Bun.listen<Said>({
     hostname: "127.0.0.1",
     port: 0,
     socket: {
       open(socket) {
-        socket.data = { rest: "", told: [] };
+        socket.data = { rest: "", told: [], unsent: Buffer.alloc(0) };
         current = socket;
         told.push(socket.data.told);
         if (isReady) say("ready");
@@ -138,6 +151,7 @@ function startKeepers({ isReady = true } = {}): Keepers {
         socket.data.rest = lines.pop()!;
         socket.data.told.push(...lines.map((line) => JSON.parse(line)));
       },
+      drain: flush,
       error() {},
     },
   });
