@@ -116,16 +116,13 @@ describe.skipIf(noCeph !== undefined)("Ceph", () => {
     expect([response.status, await response.text()]).toEqual([403, expect.stringContaining("SignatureDoesNotMatch")]);
   });
 
-  test("a gateway and an OSD that were killed come back with what they had", async () => {
+  test("a gateway that was killed comes back with what it had", async () => {
     await ceph.createBucket("killed");
     const file = new Bun.S3Client({ ...ceph.options, bucket: "killed" }).file("a");
     await file.write("content");
     await ceph.kill("rgw");
     await expect(file.text()).rejects.toThrow();
     await ceph.restart("rgw");
-    expect(await file.text()).toBe("content");
-    await ceph.kill("osd");
-    await ceph.restart("osd");
     expect(await file.text()).toBe("content");
   });
 });
