@@ -6,7 +6,6 @@
  * changes.ts. Answers keep the order of the requests all the same.
  */
 import type { Gate } from "./admission.ts";
-import { isBucket } from "./bucket.ts";
 import type { Change, Changes, Outcome, Upload } from "./changes.ts";
 import { type Certificate, ChunkSize, type Connection, formatAddress, isLoopback, Pace } from "./connection.ts";
 import { type Hub, type Link, orNothing, withTargets } from "./hub.ts";
@@ -488,15 +487,14 @@ export class Session {
 
   /** Why this peer is no member, or undefined. */
   async #linkRefusal({ kind }: Record<string, unknown>): Promise<RepriseError | undefined> {
-    const { settings, tokens, hub } = this.#worker;
+    const { tokens, hub } = this.#worker;
     if (tokens) {
       // What members know each other by is for being called back: who was a member once is not to join by that.
       const isKnown = this.#token !== undefined && kind !== "call" && hub.members.holds(this.#token);
       const isMember = this.#token?.access === "replica" && this.#token.folder === "" && !isKnown;
-      if (!isMember) return this.#denial();
-      return isBucket(settings.root) ? refusedOfBucket() : undefined;
+      return isMember ? undefined : this.#denial();
     }
-    if (isLoopback(this.#peer)) return isBucket(settings.root) ? refusedOfBucket() : undefined;
+    if (isLoopback(this.#peer)) return undefined;
     const why = "only servers on this machine may join without tokens; --tokens at the server that is joined opens it";
     return new RepriseError("refused", `refused: ${why}`);
   }
@@ -870,11 +868,6 @@ function isChange(request: Request): request is ChangeRequest {
 function pathsOf(change: Change): string[] {
   if (change.action === "put") return [change.request.path];
   return "to" in change ? [change.path, change.to] : [change.path];
-}
-
-/** [link] All servers of a bucket have its files: there is nothing for members to tell each other. */
-function refusedOfBucket(): RepriseError {
-  return new RepriseError("refused", "refused: the files of this server are in a bucket; start another server on that");
 }
 
 function readOnly(why: string): RepriseError {
