@@ -209,7 +209,8 @@ export class Index implements Entries {
   }
 
   transaction<T>(work: () => T): T {
-    return this.#db.transaction(work)();
+    // Begun as one that reads, it would fail at once where a reader is just bringing the file in order after a kill.
+    return this.#db.transaction(work).immediate();
   }
 
   close(): void {
