@@ -29,8 +29,9 @@ const LEAST_PIECE_BYTES = 64 * 1024;
 const READ_MS = 20_000;
 /** Times of files in a list, asked for side by side. */
 const HEADS_AT_ONCE = 64;
-/** Times that are remembered, each in 16 bytes; a power of 2. */
+/** Times that are remembered, each in 16 bytes; one may be at any of some places beside each other. */
 const KEPT_TIMES = 256 * 1024;
+const TIMES_TOGETHER = 8;
 /** Keys that are no path, said in the log: so many by name. */
 const MAX_SAID_KEYS = 100;
 /** How long the question whether S3 answers may take. */
@@ -425,7 +426,7 @@ export function textOfTime(mtime: number): string {
   return `${mtime < 0 ? "-" : ""}${Math.floor(micros / 1e6)}.${String(micros % 1e6).padStart(6, "0")}`;
 }
 
-/** What was told of versions in lists, in memory that does not grow: where two have one place, the later one has it. */
+/** What was told of versions in lists, in memory that does not grow: where too many have one place, one of them goes. */
 class Times {
   readonly #names = new BigUint64Array(KEPT_TIMES);
   readonly #times = new Float64Array(KEPT_TIMES);
@@ -434,18 +435,27 @@ class Times {
 
   get(object: ListedObject): number | undefined {
     const name = this.#nameOf(object);
-    const at = Number(name % BigInt(KEPT_TIMES));
-    return this.#names[at] === name ? this.#times[at] : undefined;
+    const at = this.#placeOf(name, name);
+    return at === undefined ? undefined : this.#times[at];
   }
 
   set(object: ListedObject, mtime: number): void {
     const name = this.#nameOf(object);
-    const at = Number(name % BigInt(KEPT_TIMES));
+    const at = this.#placeOf(name, name) ?? this.#placeOf(name, 0n) ?? Number(name % BigInt(KEPT_TIMES));
     this.#names[at] = name;
     this.#times[at] = mtime;
   }
 
-  /** 0 is that of no version. */
+  /** Of those where `name` may be, the one where `wanted` is; 0 is where nothing is. */
+  #placeOf(name: bigint, wanted: bigint): number | undefined {
+    const first = Number(name % BigInt(KEPT_TIMES));
+    for (let step = 0; step < TIMES_TOGETHER; step++) {
+      const at = (first + step) % KEPT_TIMES;
+      if (this.#names[at] === wanted) return at;
+    }
+    return undefined;
+  }
+
   #nameOf({ key, etag, modified }: ListedObject): bigint {
     return Bun.hash.xxHash64(`${etag} ${modified} ${key}`, this.#seed) || 1n;
   }
