@@ -443,7 +443,12 @@ describe.skipIf(noCeph !== undefined)("what is wrong", () => {
     expect(await codeOf(it.talk.stat("f"))).toBe("busy");
     using talk = await Talk.to(it.server.port);
     expect((await talk.status()).problem).toContain("cannot be reached");
-    expect(await codeOf(talk.put("g", "content", { whole: true }))).toBe("busy");
+    // It ends the connection: what is behind it is asked for again, and so must not have been made.
+    for (const path of ["one", "two"]) await talk.peer.ask({ action: "mkdir", path, parents: false });
+    expect(await codeOf(talk.peer.expect("end"))).toBe("busy");
+    expect(await codeOf(talk.peer.expect("end"))).toBe("lost");
+    using small = await Talk.to(it.server.port);
+    expect(await codeOf(small.put("g", "content", { whole: true }))).toBe("busy");
     using folder = temporaryFolder();
     await mkdir(join(folder.path, "logs"));
     const back = join(folder.path, "back");
