@@ -89,7 +89,7 @@ const program = temporaryFolder();
 const root = temporaryFolder();
 beforeAll(() => {
   for (const name of readdirSync(HOME)) {
-    if (/^[a-z]+\.ts$|^package\.json$/.test(name)) copyFileSync(join(HOME, name), join(program.path, name));
+    if (/^[a-z0-9]+\.ts$|^package\.json$/.test(name)) copyFileSync(join(HOME, name), join(program.path, name));
   }
   writeFileSync(join(program.path, "cluster.ts"), STAND_IN);
   symlinkSync(join(HOME, "node_modules"), join(program.path, "node_modules"));
