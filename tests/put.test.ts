@@ -1595,7 +1595,8 @@ test("100 uploads with kill -9 of the client, a worker or the server at random p
         expect(status).toBeOneOf(who === "client" && tries === 0 ? [137, 8, 9] : [8, 9]);
         expect(tries).toBeLessThan(50);
         await restarting;
-        ({ status } = await runClient(it.server.address, args));
+        // With all its patience: on a busy machine, workers that are killed again and again take long to come back.
+        ({ status } = await runClient(it.server.address, args.slice(0, 4)));
       }
       expect(digestOf(there)).toBe(digestOf(file));
     }
