@@ -329,6 +329,8 @@ export class Follower {
       this.#cursor = revision;
       this.#last = records.at(-1) ?? this.#last;
       hear(revision);
+      // Whoever has become live before a record is told of before it: it is waited for.
+      this.#showMembers();
       following.onStretch({ after, revision, records });
     }
     this.#position = Math.max(

@@ -3,6 +3,8 @@ import { afterAll, afterEach, beforeAll, describe, expect, setDefaultTimeout, te
 import { cpSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { Etcd, type EtcdCluster, type EtcdOptions, encoded, parseCluster, put, remove } from "../etcd.ts";
+import { Follower } from "../etcdfollow.ts";
+import { Keys } from "../etcdkeys.ts";
 import { EtcdLedger, type LiveMember } from "../etcdledger.ts";
 import type { Appended, Record, Stretch, Version } from "../ledger.ts";
 import type { RepriseError } from "../protocol.ts";
@@ -195,6 +197,53 @@ describe("parseCluster()", () => {
     for (const host of ["localhost", "127.0.0.2", "[::1]"])
       expect(parseCluster(`etcd://ann:secret@${host}/n`, none).user).toBe("ann");
   });
+});
+
+test("who has become live is told of before a change that comes with it, as it has to be waited for", async () => {
+  const keys = new Keys("x");
+  const kv = (key: string, value: object, revision: number) => ({
+    key: encoded(key),
+    value: encoded(JSON.stringify(value)),
+    mod_revision: String(revision),
+  });
+  const ledger = kv(keys.ledger, { version: 1, id: "id", store: "folder" }, 1);
+  const member = { address: "b:1", known: 1, revision: 1, live: true, ledger: "id" };
+  const told: string[] = [];
+  const etcd = {
+    endpoints: ["http://x"],
+    callAt: async () => ({ header: { revision: "1" }, responses: [{ response_range: { kvs: [ledger] } }, {}, {}] }),
+    // As etcd sends together what comes while a watch is behind.
+    async *watch() {
+      const events = [kv(keys.memberOf("b"), member, 2), kv(keys.recordOf("f"), {}, 3)].map((kv) => ({ kv }));
+      yield { header: { revision: "3" }, events };
+      await new Promise(() => {});
+    },
+  };
+  const follower = new Follower({
+    etcd: etcd as unknown as Etcd,
+    keys,
+    id: "id",
+    after: 1,
+    last: undefined,
+    beats: { leasedAt: undefined },
+    following: {
+      onStretch: ({ revision }) => void told.push(`records up to ${revision}`),
+      onMembers: (members) => void told.push(`members ${[...members.keys()]}`),
+      onCurrent: () => {},
+      onLost: () => {},
+      onBack: () => {},
+      onRenewed: () => {},
+    },
+    read: () => [],
+    hear: () => {},
+    setPruned: () => {},
+    reopen: async () => "id",
+    renew: async () => "id",
+  });
+  open.push(() => follower.stop());
+  void follower.run();
+  await waitFor("both", () => told.includes("records up to 3") && told.includes("members b"));
+  expect(told).toEqual(["members ", "members b", "records up to 3"]);
 });
 
 describe.skipIf(noEtcd !== undefined)("EtcdLedger", () => {
