@@ -97,6 +97,8 @@ export class EtcdLedger implements Ledger {
   readonly #watchers: (() => void)[] = [];
   #id = "";
   #secret = "";
+  /** What the cluster keeps, as it says: one that keeps nothing may have to begin its log anew, too. */
+  #kept: string | undefined;
   /** Of the key `ledger`: a change of another log must not get into this one. */
   #ledgerRevision = 0;
   #revision = 0;
@@ -173,12 +175,13 @@ export class EtcdLedger implements Ledger {
       throw new RepriseError("refused", `${where} keeps ${quote(String(store))}, not ${quote(String(this.#store))}`);
     if (id !== this.#id) this.#revision = this.#pruned = 0;
     this.#id = id;
+    this.#kept = String(store);
     this.#ledgerRevision = Number(ledger.mod_revision);
   }
 
   async renew(): Promise<void> {
     const { ledger, records, gone, seen, pruned } = this.#keys;
-    const made = JSON.stringify({ version: VERSION, id: randomUUID(), store: this.#store });
+    const made = JSON.stringify({ version: VERSION, id: randomUUID(), store: this.#kept });
     const { responses } = await this.#etcd.txn({
       compare: [unchanged(ledger, this.#ledgerRevision)],
       // Those who were seen are known by revisions of the log that ends here.

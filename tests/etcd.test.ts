@@ -38,11 +38,12 @@ afterEach(() => {
 const freshName = () => `test-${++clusters}`;
 
 interface Options extends EtcdOptions {
-  store?: string;
+  store?: string | undefined;
   warn?: (text: string) => void;
 }
 
-function ledgerAt(cluster: EtcdCluster, { store = "folder", warn, ...options }: Options = {}): EtcdLedger {
+function ledgerAt(cluster: EtcdCluster, given: Options = {}): EtcdLedger {
+  const { store, warn, ...options } = { store: "folder", ...given };
   const ledger = new EtcdLedger(new Etcd(cluster, options), { store, ...(warn && { warn }) });
   open.push(() => ledger.close());
   return ledger;
@@ -459,6 +460,17 @@ describe.skipIf(noEtcd !== undefined)("EtcdLedger", () => {
     beating(mine, "m");
     await waitFor("that it is there again", () => told.members.has("m"));
     expect(await theirs.members()).toMatchObject([{ node: "m", address: "m:1" }]);
+  });
+
+  test("a log that one without files begins anew keeps what it kept", async () => {
+    const name = freshName();
+    const member = await openLedger(shared, name);
+    const front = ledgerAt(parseCluster(shared.url(name)), { store: undefined });
+    await front.open();
+    await front.renew();
+    expect(front.id).not.toBe(member.id);
+    await member.open();
+    expect(member.id).toBe(front.id);
   });
 
   test("who does not get through to say that it is there is told so, as it may be taken for gone", async () => {
