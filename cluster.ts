@@ -687,7 +687,7 @@ class Keeper {
       throw new RepriseError("version", `servers link by version ${LINK_VERSION} here, not ${join.version}`);
     const store = storeOf(this.#settings.root);
     if (this.#settings.redirectOnly)
-      throw new RepriseError("refused", "refused: that server has no files; join the same --cluster");
+      throw new RepriseError("refused", "refused: this server only sends clients on; join the same --cluster");
     if (join.store !== store)
       throw new RepriseError("refused", `refused: the files here are ${store}, and not ${quote(join.store)}`);
     if (join.node === this.#node)

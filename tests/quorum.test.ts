@@ -13,6 +13,7 @@ import {
   makeRoot,
   randomBytes,
   runClient,
+  type Server,
   sha256,
   startServer,
   TEST_MS,
@@ -190,6 +191,33 @@ describe.skipIf(noEtcd !== undefined)("three servers of one etcd", () => {
     // Nobody is sent to it, and nobody waits for it.
     for (const node of cluster.nodes) expect(liveOf(await node.status())).toHaveLength(2);
     expect((await runClient(front.address, ["put", "-", "-t", "through"], { stdin: "x" })).status).toBe(0);
+  });
+});
+
+describe.skipIf(noEtcd !== undefined)("a server that only sends clients on", () => {
+  let etcd: Etcd;
+  let cluster: Cluster;
+  beforeAll(async () => {
+    etcd = await startEtcd();
+    cluster = await startCluster({ ledger: etcd.url("files"), replicas: 0, files: { mine: "x" } });
+    await cluster.settled();
+  });
+  afterAll(async () => {
+    await cluster?.[Symbol.asyncDispose]();
+    await etcd?.[Symbol.asyncDispose]();
+  });
+  const startFront = (root: string, args: string[] = []) =>
+    startServer(root, { args: ["--redirect-only", "--cluster", etcd.url("files"), ...args] });
+  const knowsOne = async ({ address }: Server) => liveOf(await statusOf(address)).length === 1;
+
+  test("is joined by nobody, who would get no files from it", async () => {
+    using root = temporaryFolder();
+    using below = temporaryFolder();
+    await using front = await startFront(root.path);
+    await waitFor("it knows the other", () => knowsOne(front));
+    await using joining = await startServer(below.path, { args: ["--join", front.address] });
+    await waitFor("the refusal", () => joining.stderr().includes("cannot join"));
+    expect(joining.stderr()).toContain("only sends clients on");
   });
 });
 
