@@ -136,14 +136,16 @@ export function noRoot(): Root {
   const refuse = (): never => {
     throw new RepriseError("busy", "this server only sends clients on; ask the one that it names");
   };
-  return {
+  const root: Root = {
     stat: refuse,
     open: refuse,
     readNow: refuse,
     list: refuse,
-    beneath: refuse,
+    // Whoever may have one folder alone is sent on like others.
+    beneath: () => root,
     close() {},
   };
+  return root;
 }
 
 /** Names that the server keeps to itself: its own folder, and files that are not finished. */

@@ -6,6 +6,7 @@ import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { MemberStatus } from "../hub.ts";
+import { addToken } from "../tokens.ts";
 import { type Cluster, type Node, startCluster, statusOf } from "./clusters.ts";
 import { type Etcd, noEtcd, startEtcd } from "./engines.ts";
 import {
@@ -21,6 +22,7 @@ import {
   waitFor,
   writeLargeFile,
 } from "./fixtures.ts";
+import { Talk } from "./talk.ts";
 
 setDefaultTimeout(TEST_MS);
 if (noEtcd !== undefined) console.log(`skipped: servers of one etcd (${noEtcd})`);
@@ -218,6 +220,21 @@ describe.skipIf(noEtcd !== undefined)("a server that only sends clients on", () 
     await using joining = await startServer(below.path, { args: ["--join", front.address] });
     await waitFor("the refusal", () => joining.stderr().includes("cannot join"));
     expect(joining.stderr()).toContain("only sends clients on");
+  });
+
+  test("does so with a token for one folder, too", async () => {
+    using root = temporaryFolder();
+    using folder = temporaryFolder();
+    const tokens = join(folder.path, "tokens");
+    const token = addToken(tokens, { name: "one", access: "read", folder: "some" });
+    await using front = await startFront(root.path, ["--tokens", tokens]);
+    const [node] = cluster.nodes as [Node];
+    const sent = async () => {
+      using talk = await Talk.to(front.port, token);
+      return await talk.stat("").catch((error) => error);
+    };
+    await waitFor("it knows the other", async () => (await sent()).code !== "busy");
+    expect(String(await sent())).toContain(`redirected to ${node.server.address}`);
   });
 });
 
