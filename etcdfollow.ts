@@ -51,6 +51,8 @@ export interface LiveMember {
   /** Members below it. */
   nodes?: string[] | undefined;
   problem?: string | undefined;
+  /** It has no files, and only sends clients on: what somebody misses it cannot have. */
+  redirectOnly?: boolean | undefined;
 }
 
 /** What the log and the members have become, in the order in which it happened. */
@@ -365,6 +367,7 @@ export class Follower {
       live: isOfThis && said.live === true,
       nodes: Array.isArray(said.nodes) ? said.nodes.filter((node) => typeof node === "string") : [],
       problem: typeof said.problem === "string" ? said.problem : undefined,
+      redirectOnly: said.redirectOnly === true || undefined,
     });
   }
 

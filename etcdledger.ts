@@ -76,6 +76,8 @@ const MAX_TRIES = 100;
 interface EtcdLedgerOptions {
   /** What the members keep, as all of them must; undefined for who keeps nothing, and makes no cluster. */
   store: string | undefined;
+  /** Once it has gone, this member may come back with what it has: not so where it has no files of its own. */
+  isSeen?: boolean;
   warn?: (text: string) => void;
 }
 
@@ -107,12 +109,12 @@ export class EtcdLedger implements Ledger {
   #follower: Follower | undefined;
   readonly #beats: Beats;
 
-  constructor(etcd: Etcd, { store, warn = () => {} }: EtcdLedgerOptions) {
+  constructor(etcd: Etcd, { store, isSeen = true, warn = () => {} }: EtcdLedgerOptions) {
     this.#etcd = etcd;
     this.#store = store;
     this.#warn = warn;
     this.#keys = new Keys(etcd.name);
-    this.#beats = new Beats(etcd, this.#keys, () => this.#id);
+    this.#beats = new Beats(etcd, this.#keys, isSeen, () => this.#id);
   }
 
   get id(): string {
@@ -478,6 +480,7 @@ export class EtcdLedger implements Ledger {
 class Beats {
   readonly #etcd: Etcd;
   readonly #keys: Keys;
+  readonly #isSeen: boolean;
   readonly #id: () => string;
   /** Tells this process from another with the same name. */
   readonly #session = randomUUID();
@@ -490,9 +493,10 @@ class Beats {
   /** When the lease was last asked for that was then given; undefined before the first. */
   leasedAt: number | undefined;
 
-  constructor(etcd: Etcd, keys: Keys, id: () => string) {
+  constructor(etcd: Etcd, keys: Keys, isSeen: boolean, id: () => string) {
     this.#etcd = etcd;
     this.#keys = keys;
+    this.#isSeen = isSeen;
     this.#id = id;
   }
 
@@ -541,7 +545,7 @@ class Beats {
     const key = this.#keys.memberOf(node);
     const value = JSON.stringify({ ...member, ledger: this.#id(), session: this.#session });
     const now = performance.now();
-    const isDue = now - this.#seenAt >= SEEN_MS;
+    const isDue = this.#isSeen && now - this.#seenAt >= SEEN_MS;
     const seen = isDue ? [seenPut(this.#keys, { node, ...member }, Date.now())] : [];
     const { succeeded, header, responses } = await this.#etcd.txn({
       compare: [unchanged(key, this.#revision)],

@@ -9,7 +9,7 @@
 import { say } from "./command.ts";
 import { Etcd, type EtcdCluster, parseCluster } from "./etcd.ts";
 import { EtcdLedger, type LiveMember } from "./etcdledger.ts";
-import type { MemberStatus } from "./hub.ts";
+import { FOLDER_STORE, type MemberStatus } from "./hub.ts";
 import type { Decision, Member } from "./ledger.ts";
 import { type Above, type Alive, type FromMaster, keepJoined, Progress, type Proposed } from "./link.ts";
 import { RepriseError } from "./protocol.ts";
@@ -123,7 +123,9 @@ export class Quorum implements Above {
 
   async #join(joined: () => void): Promise<never> {
     const { cluster, store, onJoined } = this.#options;
-    const ledger = new EtcdLedger(new Etcd(cluster), { store, warn: (text) => say("warn", text) });
+    // The others are known by another name at each start.
+    const isSeen = store === FOLDER_STORE;
+    const ledger = new EtcdLedger(new Etcd(cluster), { store, isSeen, warn: (text) => say("warn", text) });
     this.#ledger = ledger;
     await ledger.open();
     this.#seen = await ledger.members();
@@ -264,7 +266,8 @@ export class Quorum implements Above {
 
   get isEveryoneHere(): boolean {
     const revision = this.#ledger?.revision ?? Number.POSITIVE_INFINITY;
-    return this.gone.length === 0 && this.equals.every(({ state, said }) => state === "live" && said.known >= revision);
+    const withFiles = this.equals.filter(({ said }) => said.redirectOnly !== true);
+    return this.gone.length === 0 && withFiles.every(({ state, said }) => state === "live" && said.known >= revision);
   }
 
   #onMembers(members: Map<string, LiveMember>, revision: number): void {
@@ -332,10 +335,11 @@ export class Quorum implements Above {
 
   #tell(): void {
     const ledger = this.#ledger;
-    const { node, address } = this.#options;
+    const { node, address, isServing } = this.#options;
     if (!ledger || !this.#alive || this.#isLeaving) return;
     const { known, revision, nodes, problem } = this.#alive;
-    ledger.beat({ node, address, known, revision, nodes, problem, live: this.isLive }).catch((error) => {
+    const said = { node, address, known, revision, nodes, problem, live: this.isLive };
+    ledger.beat({ ...said, redirectOnly: isServing ? undefined : true }).catch((error) => {
       if (this.#ledger === ledger) this.#fail(error);
     });
   }

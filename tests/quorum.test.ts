@@ -2,10 +2,13 @@
  * Servers whose ledger is kept by etcd: all are equals, whoever is killed. What becomes of changes is tested with
  * cluster.test.ts, for there is one keeper for both; here is what is different without a master.
  */
-import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, afterEach, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import { Etcd as EtcdClient, parseCluster } from "../etcd.ts";
+import { EtcdLedger, type LiveMember } from "../etcdledger.ts";
 import type { MemberStatus } from "../hub.ts";
+import { Quorum } from "../quorum.ts";
 import { addToken } from "../tokens.ts";
 import { type Cluster, type Node, startCluster, statusOf } from "./clusters.ts";
 import { type Etcd, noEtcd, startEtcd } from "./engines.ts";
@@ -196,6 +199,84 @@ describe.skipIf(noEtcd !== undefined)("three servers of one etcd", () => {
   });
 });
 
+describe.skipIf(noEtcd !== undefined)("Quorum", () => {
+  let etcd: Etcd;
+  let clusters = 0;
+  const open: { close(): void }[] = [];
+  beforeAll(async () => {
+    etcd = await startEtcd();
+  });
+  afterEach(() => {
+    for (const one of open.splice(0)) one.close();
+  });
+  afterAll(async () => etcd?.[Symbol.asyncDispose]());
+
+  /** A member that follows the ledger, and the ledger as another has it: what that one says of itself is up to the test. */
+  async function start() {
+    const cluster = parseCluster(etcd.url(`quorum-${++clusters}`));
+    const ledger = new EtcdLedger(new EtcdClient(cluster), { store: "folder" });
+    await ledger.open();
+    const told = { known: 0 };
+    const quorum: Quorum = new Quorum({
+      cluster,
+      store: "folder",
+      tls: false,
+      node: "a",
+      address: "a:1",
+      isServing: true,
+      onJoined: () => quorum.read(0),
+      onMessage: (message) => {
+        if (message.kind === "stretch") told.known = message.stretch.revision;
+        sayAlive();
+      },
+      onMembers: () => {},
+      onLost: () => {},
+      check: async () => {},
+      newest: () => undefined,
+    });
+    const sayAlive = () => {
+      const { known } = told;
+      quorum.say({ kind: "alive", received: known, known, revision: known, nodes: [] });
+    };
+    const beats = setInterval(() => quorum.beat(), 100);
+    open.push({ close: () => clearInterval(beats) }, quorum, ledger);
+    const other = { node: "b", address: "b:1", known: 0, revision: 0, live: true };
+    let last = other;
+    const again = setInterval(() => void ledger.beat(last).catch(() => {}), 1000);
+    open.push({ close: () => clearInterval(again) });
+    return {
+      quorum,
+      told,
+      sayAlive,
+      /** The revision of a change by somebody. */
+      append: async (path: string) => {
+        const proposals = [{ path, base: 0, version: { kind: "folder", size: 0, mtime: 0, sha256: "" } as const }];
+        const { records } = await ledger.append("c", proposals);
+        return records[0]!.revision;
+      },
+      say: async (said: Partial<LiveMember>) => {
+        last = { ...other, ...said };
+        await ledger.beat(last);
+      },
+      get equal() {
+        return quorum.equals.find(({ node }) => node === "b");
+      },
+    };
+  }
+
+  test("has all that is missing where one that only sends clients on is there, too", async () => {
+    const it = await start();
+    const revision = await it.append("before");
+    await it.say({ known: revision });
+    void it.quorum.run();
+    await waitFor("all are here", () => it.quorum.isEveryoneHere);
+    await it.say({ known: revision, live: false });
+    await waitFor("one is not", () => !it.quorum.isEveryoneHere);
+    await it.say({ known: revision, live: false, redirectOnly: true });
+    await waitFor("all that have files are here", () => it.quorum.isEveryoneHere);
+  });
+});
+
 describe.skipIf(noEtcd !== undefined)("a server that only sends clients on", () => {
   let etcd: Etcd;
   let cluster: Cluster;
@@ -220,6 +301,21 @@ describe.skipIf(noEtcd !== undefined)("a server that only sends clients on", () 
     await using joining = await startServer(below.path, { args: ["--join", front.address] });
     await waitFor("the refusal", () => joining.stderr().includes("cannot join"));
     expect(joining.stderr()).toContain("only sends clients on");
+  });
+
+  test("is missed by nobody when it has gone", async () => {
+    using root = temporaryFolder();
+    const [node] = cluster.nodes as [Node];
+    const replicas = async () => (await node.status()).replicas.length;
+    {
+      await using front = await startFront(root.path);
+      await waitFor("they know each other", async () => (await knowsOne(front)) && (await replicas()) === 1);
+    }
+    await waitFor("it has gone", async () => (await replicas()) === 0);
+    const ledger = new EtcdLedger(new EtcdClient(parseCluster(etcd.url("files"))), { store: "folder" });
+    await ledger.open();
+    expect((await ledger.members()).map(({ address }) => address)).toEqual([node.server.address]);
+    ledger.close();
   });
 
   test("does so with a token for one folder, too", async () => {
