@@ -58,7 +58,8 @@ export interface LiveMember {
 /** What the log and the members have become, in the order in which it happened. */
 export interface Following {
   onStretch(stretch: Stretch): void;
-  onMembers(members: Map<string, LiveMember>): void;
+  /** `isCurrent`: nothing of the log that was there before them is still to be given. */
+  onMembers(members: Map<string, LiveMember>, isCurrent: boolean): void;
   /** All that the log held when the watch was begun has been given: once for each time. */
   onCurrent(revision: number): void;
   /** Neither what others do nor that this one is there gets through any more. */
@@ -205,11 +206,11 @@ export class Follower {
 
   async #follow(endpoint: string, signal: AbortSignal): Promise<RepriseError> {
     const { etcd, keys } = this.#options;
+    this.#isCurrent = false;
     const upTo = await this.#begin(endpoint, signal);
     if (upTo === undefined) return new RepriseError("interrupted");
     this.#hear();
     this.#hasBegun = true;
-    this.#isCurrent = false;
     this.#problem = undefined;
     this.#check();
     if (this.#needsSnapshot || upTo - this.#position > MAX_REPLAYED) await this.#readAll(upTo, signal);
@@ -375,6 +376,6 @@ export class Follower {
     const shown = JSON.stringify([...this.#members]);
     if (this.#isStopped || shown === this.#shownMembers) return;
     this.#shownMembers = shown;
-    this.#options.following.onMembers(new Map(this.#members));
+    this.#options.following.onMembers(new Map(this.#members), this.#isCurrent);
   }
 }

@@ -16,6 +16,8 @@ import { RepriseError } from "./protocol.ts";
 
 /** An equal that could not be reached is tried again after that. */
 const CHECK_RETRY_MS = 2_000;
+/** What somebody has to know, as long as not all of the log is here; nobody knows that much. */
+const UNKNOWN = Number.POSITIVE_INFINITY;
 
 interface QuorumOptions {
   cluster: EtcdCluster;
@@ -93,7 +95,7 @@ export class Quorum implements Above {
   /** Ends what was joined, with what is wrong. */
   #fail: (error: unknown) => void = () => {};
   /** What this member has to have before it is live: all that was there when it joined. */
-  #target = Number.POSITIVE_INFINITY;
+  #target = UNKNOWN;
   #alive: Alive | undefined;
   #isLeaving = false;
   /** To be appended. */
@@ -144,7 +146,7 @@ export class Quorum implements Above {
     this.#equals.clear();
     this.#proposed = [];
     this.#waiting = [];
-    this.#target = Number.POSITIVE_INFINITY;
+    this.#target = UNKNOWN;
   }
 
   close(): void {
@@ -173,7 +175,7 @@ export class Quorum implements Above {
           this.received = stretch.revision;
           onMessage({ kind: "stretch", stretch, pruned: ledger.pruned });
         },
-        onMembers: (members) => this.#onMembers(members, ledger.revision),
+        onMembers: (members, isCurrent) => this.#onMembers(members, isCurrent ? ledger.revision : UNKNOWN),
         onCurrent: () => this.#onCurrent(ledger.revision),
         onLost: (error) => this.#fail(error),
         onBack: () => {},
@@ -185,7 +187,8 @@ export class Quorum implements Above {
 
   /** All is there that was in the log when this member came: more it need not have to be live. */
   #onCurrent(revision: number): void {
-    if (this.#target === Number.POSITIVE_INFINITY) this.#target = revision;
+    if (this.#target === UNKNOWN) this.#target = revision;
+    for (const equal of this.#equals.values()) if (equal.target === UNKNOWN) equal.target = revision;
     this.#tell();
     this.#options.onMembers();
   }
@@ -244,7 +247,7 @@ export class Quorum implements Above {
   }
 
   get nodes(): string[] | undefined {
-    if (this.#ledger && this.#target === Number.POSITIVE_INFINITY) return undefined;
+    if (this.#ledger && this.#target === UNKNOWN) return undefined;
     return this.equals.flatMap(({ node, nodes }) => [node, ...nodes]);
   }
 

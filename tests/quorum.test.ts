@@ -264,6 +264,18 @@ describe.skipIf(noEtcd !== undefined)("Quorum", () => {
     };
   }
 
+  test("sends nobody to one that does not know all that was in the ledger when it became live", async () => {
+    const it = await start();
+    const revision = await it.append("before");
+    await it.say({ known: revision - 1 });
+    void it.quorum.run();
+    await waitFor("all is known here", () => it.told.known === revision);
+    await waitFor("the other is there", () => it.equal?.unreached === undefined && it.equal);
+    expect(it.equal!.state).toBe("joining");
+    await it.say({ known: revision });
+    await waitFor("it is sent clients", () => it.equal!.state === "live");
+  });
+
   test("has all that is missing where one that only sends clients on is there, too", async () => {
     const it = await start();
     const revision = await it.append("before");
