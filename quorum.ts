@@ -76,6 +76,10 @@ class Equal {
     return this.unreached ?? this.said.problem;
   }
 
+  get isReached(): boolean {
+    return this.target !== undefined && this.said.known >= this.target;
+  }
+
   get isWaitedFor(): boolean {
     return this.said.live && !this.isLeftOut;
   }
@@ -283,9 +287,9 @@ export class Quorum implements Above {
       equal.said = said;
       if (!said.live) equal.target = undefined;
       else equal.target ??= revision;
-      const isReached = equal.target !== undefined && said.known >= equal.target;
-      equal.hasCaughtUp = said.live && (equal.hasCaughtUp || isReached);
-      if (isReached) equal.isLeftOut = false;
+      // What was answered meanwhile it has to know, too, now that it is waited for again.
+      if (equal.isLeftOut && equal.isReached) [equal.isLeftOut, equal.target] = [false, revision];
+      equal.hasCaughtUp = said.live && (equal.hasCaughtUp || equal.isReached);
     }
     this.#checkAll();
     this.#wake();

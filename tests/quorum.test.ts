@@ -287,6 +287,23 @@ describe.skipIf(noEtcd !== undefined)("Quorum", () => {
     await it.say({ known: revision, live: false, redirectOnly: true });
     await waitFor("all that have files are here", () => it.quorum.isEveryoneHere);
   });
+
+  test("sends nobody to one that comes back before it knows what it was not waited for with", async () => {
+    const it = await start();
+    const first = await it.append("first");
+    await it.say({ known: first });
+    void it.quorum.run();
+    await waitFor("it is live", () => it.equal?.state === "live");
+    const behind = await it.append("it does not take this in");
+    await waitFor("it is left out", () => it.equal!.isLeftOut);
+    const missed = await it.append("nobody waits for it");
+    await waitFor("that is known here", () => it.told.known === missed);
+    await it.say({ known: behind });
+    await waitFor("it is waited for again", () => !it.equal!.isLeftOut);
+    expect(it.equal!.state).toBe("joining");
+    await it.say({ known: missed });
+    await waitFor("it is sent clients", () => it.equal!.state === "live");
+  });
 });
 
 describe.skipIf(noEtcd !== undefined)("a server that only sends clients on", () => {
