@@ -499,11 +499,14 @@ class Listing {
   }
 
   #take(key: string | undefined, object: ListedObject | undefined): Found[] {
-    const names = key?.slice(this.#prefix.length).split("/");
-    if (key === undefined || !names) {
+    if (key === undefined) {
       this.#bucket.noteKey(key);
       return [];
     }
+    const name = key.slice(this.#prefix.length);
+    // What is beneath a file comes before all that does not begin with its name.
+    this.#files = this.#files.filter((file) => name.startsWith(file));
+    const names = name.split("/");
     // A key that ends in "/" is a folder; that of the folder that was asked for, nothing.
     const isFolder = names.at(-1) === "";
     if (isFolder) names.pop();
@@ -523,7 +526,6 @@ class Listing {
   #enter(folders: string[]): Found[] | undefined {
     const path = folders.join("/");
     const at = path === "" ? "" : `${path}/`;
-    this.#files = this.#files.filter((file) => at.startsWith(file) || file.startsWith(at));
     if (this.#files.some((file) => at.startsWith(`${file}/`))) return undefined;
     let known = 0;
     while (known < folders.length && folders[known] === this.#folder[known]) known++;
