@@ -300,6 +300,8 @@ export interface ClientOptions {
   env?: Record<string, string>;
   /** A command that runs the client, as `nice -n 5` would. */
   runBy?: string[];
+  /** Another script than the client's own. */
+  script?: string | undefined;
   /** Out of reach of the terminal's signals. */
   detached?: boolean;
 }
@@ -307,7 +309,7 @@ export interface ClientOptions {
 /** Starts the real client; `server` goes into REPRISE_SERVER. */
 export function spawnClient(server: string, args: string[], options: ClientOptions = {}) {
   return Bun.spawn({
-    cmd: [...(options.runBy ?? []), process.execPath, join(HOME, "client.ts"), ...args],
+    cmd: [...(options.runBy ?? []), process.execPath, options.script ?? join(HOME, "client.ts"), ...args],
     cwd: options.cwd ?? HOME,
     env: { ...process.env, REPRISE_SERVER: server, ...options.env },
     detached: options.detached ?? false,

@@ -19,7 +19,7 @@ const REST_MS = 300_000;
 setDefaultTimeout(SECONDS * 1000 + REST_MS);
 
 test("four processes under kill -9, SIGSTOP, restart and a full disk: no acknowledged change is lost", async () => {
-  const report = await chaos({ seed: SEED, seconds: SECONDS, pauseMs: [200, 2_500], say: () => {} });
+  const report = await chaos({ engine: "master", seed: SEED, seconds: SECONDS, pauseMs: [200, 2_500], say: () => {} });
   if (report.problems.length > 0) console.log(report.figures.map((figure) => figure.join(": ")).join("\n"));
   expect(report.problems).toEqual([]);
   expect(report.faults).toBeGreaterThan(SECONDS / 10);

@@ -1,15 +1,19 @@
 /**
- * A cluster of real processes under faults: a master and three members, while writers change files through all of them.
+ * A cluster of real processes under faults: a master and three members, or three equals whose ledger three members of etcd
+ * keep, while writers change files through all of them and readers read.
  *
  * ```sh
  * bun run soak:cluster --minutes 10              # prints its seed first
  * bun run soak:cluster --minutes 10 --seed 7     # the same changes and the same faults again, in the same order
+ * bun run soak:cluster --etcd                    # equals
+ * bun run soak:cluster --etcd --single           # one node or one member of etcd is killed at a time
  * ```
  *
  * Supervisors, workers and keepers are killed with -9 and started again, whole nodes are stopped for seconds and go on, the
- * disk of one member is full for a while; see writers.ts for who changes what meanwhile. Then the faults stop, and all trees
- * must become the same, with every change in them that was acknowledged. Which fault meets whom and when follows from the
- * seed; where in its work that finds it is up to the machine.
+ * disk of one member is full for a while, a member of etcd is killed; see writers.ts for who changes what meanwhile, and
+ * readers.ts for who reads. Then the faults stop, and all trees must become the same, with every change in them that was
+ * acknowledged. Which fault meets whom and when follows from the seed; where in its work that finds it is up to the machine.
+ * `--single`: each has come back before the next is killed, so that all but one are always there.
  *
  * Ends with a table of figures, and with status 1 when anything was wrong; what is on disk is then kept.
  */
@@ -25,12 +29,20 @@ import {
 } from "node:fs";
 import { dirname, join } from "node:path";
 import { type Cluster, type Node, startCluster } from "../clusters.ts";
+import { type Etcd, startEtcd } from "../engines.ts";
 import { isAlive, killHard, mountSmall, type Server, seeded, temporaryFolder, treeOf, waitFor } from "../fixtures.ts";
-import { ClientWriter, FileWriter, foldersFor, History, type World } from "./writers.ts";
+import { filesToRead, Reader } from "./readers.ts";
+import { ClientWriter, digestOf, FileWriter, foldersFor, History, type World } from "./writers.ts";
 
 /** The master first. */
 const NODES = ["A", "B", "C", "D"];
+/** And where none is. */
+const EQUALS = ["A", "B", "C"];
+const ETCD_MEMBERS = 3;
 const WRITERS = 4;
+const READERS = 4;
+/** Of so many faults one meets etcd. */
+const ETCD_SHARE = 6;
 /** Room on the member whose disk gets full. */
 const SMALL_DISK = "512M";
 const BLOCK_BYTES = 1024 * 1024;
@@ -43,6 +55,10 @@ const BUG = /"event":"bug"|internal error|^panic|Segmentation fault/;
 export interface ChaosOptions {
   seed: number;
   seconds: number;
+  /** What keeps the ledger. */
+  engine: "master" | "etcd";
+  /** Each of those that are killed is back before the next: a whole node, or a member of etcd. */
+  isSingle?: boolean;
   /** Between two faults, at the least and at the most. */
   pauseMs: [number, number];
   /** Told of progress and of each thing that is wrong at once. */
@@ -57,7 +73,7 @@ export interface Report {
   faults: number;
 }
 
-type Fault = "supervisor" | "worker" | "keeper" | "stop" | "full disk";
+type Fault = "supervisor" | "worker" | "keeper" | "stop" | "full disk" | "node";
 
 /** Runs all of it, to the end and its last checks. */
 export async function chaos(options: ChaosOptions): Promise<Report> {
@@ -75,7 +91,8 @@ class Chaos implements World {
   readonly home: string;
   readonly history = new History();
   readonly env: Record<string, string>;
-  readonly master = NODES[0]!;
+  readonly master: string | undefined;
+  readonly #names: string[];
   readonly #options: ChaosOptions;
   readonly #folder = temporaryFolder();
   readonly #problems: string[] = [];
@@ -83,9 +100,12 @@ class Chaos implements World {
   readonly #startedAt = performance.now();
   /** All that have run, each with what it logged. */
   readonly #servers: Server[] = [];
-  /** Nodes that a fault has hold of. */
-  readonly #busy = new Set<Node>();
+  /** What a fault has hold of. */
+  readonly #busy = new Set<Node | Etcd>();
   readonly #running = new Set<Promise<void>>();
+  #lastFault = "no fault yet";
+  #pauses: number[] = [];
+  #etcd: Etcd | undefined;
   #disk: ReturnType<typeof mountSmall>;
   #cluster!: Cluster;
   #isOver = false;
@@ -93,6 +113,8 @@ class Chaos implements World {
   constructor(options: ChaosOptions) {
     this.#options = options;
     this.seed = options.seed;
+    this.#names = options.engine === "etcd" ? EQUALS : NODES;
+    this.master = options.engine === "etcd" ? undefined : NODES[0];
     this.home = join(this.#folder.path, "writers");
     mkdirSync(this.home);
     // What all processes inherit, and are found by at the end.
@@ -116,15 +138,24 @@ class Chaos implements World {
     this.#options.say(`wrong after ${this.#seconds()} s: ${text}`);
   }
 
+  /** The machine has a part in it: no fault. */
+  paused(ms: number): void {
+    this.#pauses.push(ms);
+    const longest = `longest pause of reads, ms (${this.#lastFault})`;
+    this.#counts.set(longest, Math.max(this.#counts.get(longest) ?? 0, Math.round(ms)));
+  }
+
   async run(): Promise<void> {
     await this.#start();
     const { nodes } = this.#cluster;
     const writers = Array.from({ length: WRITERS }, (_, number) => new ClientWriter(this, number));
+    const readers = Array.from({ length: READERS }, (_, number) => new Reader(this, number));
     const outside = new FileWriter(this, nodes[2]!.name, nodes[2]!.root);
     const timer = setInterval(() => this.#progress(), PROGRESS_MS);
-    const working = Promise.all([...writers, outside].map((writer) => writer.run()));
+    const working = Promise.all([...writers, ...readers, outside].map((one) => one.run()));
+    const disturbed = this.#options.isSingle ? this.#disturbSingly() : this.#disturb();
     try {
-      await Promise.race([this.#disturb(), working]);
+      await Promise.race([disturbed, working]);
     } finally {
       this.#isOver = true;
       clearInterval(timer);
@@ -141,6 +172,7 @@ class Chaos implements World {
     } catch (error) {
       this.fault(`a server does not end: ${error}`);
     }
+    await this.#etcd?.[Symbol.asyncDispose]();
     await this.#checkOrphans();
     this.#checkLogs();
     this.#disk?.[Symbol.dispose]();
@@ -163,20 +195,30 @@ class Chaos implements World {
   /** The last member has a small disk, where there can be one. */
   async #start(): Promise<void> {
     const args = ["--writable", "--keep-free", "1M"];
+    const toRead = filesToRead();
+    this.history.begin(
+      Object.entries(toRead).map(([path, content]) => [path, digestOf(content)]),
+      true,
+      "the start",
+    )();
+    if (this.#options.engine === "etcd") this.#etcd = await startEtcd({ members: ETCD_MEMBERS });
     this.#cluster = await startCluster({
-      replicas: NODES.length - 2,
+      replicas: this.#names.length - 2,
       args,
       env: this.env,
-      files: foldersFor(WRITERS, NODES),
+      files: { ...foldersFor(WRITERS, this.#names), ...toRead },
+      ledger: this.#etcd?.url("chaos"),
     });
     this.#disk = process.getuid?.() === 0 ? mountSmall(SMALL_DISK) : undefined;
     if (this.#disk) {
       const root = join(this.#disk.path, "root");
       mkdirSync(root);
-      symlinkSync(root, join(dirname(this.#cluster.master.root), NODES.at(-1)!));
+      symlinkSync(root, join(dirname(this.#cluster.master.root), this.#names.at(-1)!));
     }
     await this.#cluster.add();
     await this.#cluster.live();
+    // What is there at the start is no change that could be late.
+    await this.#cluster.settled();
     this.#servers.push(...this.#cluster.nodes.map(({ server }) => server));
   }
 
@@ -185,15 +227,36 @@ class Chaos implements World {
   async #disturb(): Promise<void> {
     const random = seeded(this.seed);
     const [least, most] = this.#options.pauseMs;
-    while (performance.now() - this.#startedAt < this.#options.seconds * 1000) {
+    while (this.#isTimeLeft) {
       await Bun.sleep(least + random(most - least));
-      const node = this.#cluster.nodes[random(NODES.length)]!;
+      const node = this.#cluster.nodes[random(this.#names.length)]!;
       const fault = this.#faultFor(random(100));
       const duration = 1_000 + random(6_000);
       const victim = fault === "full disk" ? this.#cluster.nodes.at(-1)! : node;
-      if (this.#busy.has(victim)) continue;
-      this.#begin(fault, victim, duration, random(2));
+      const choice = random(2);
+      if (this.#etcd && random(ETCD_SHARE) === 0) this.#beginAtEtcd(random(ETCD_MEMBERS), duration);
+      else this.#begin(fault, victim, () => this.#inflict(fault, victim, duration, choice));
     }
+  }
+
+  /** All six in turn, as the seed mixes them. */
+  async #disturbSingly(): Promise<void> {
+    const random = seeded(this.seed);
+    const [least, most] = this.#options.pauseMs;
+    const victims = [...this.#cluster.nodes, ...(this.#etcd ? Array(ETCD_MEMBERS).keys() : [])];
+    for (let left = [...victims]; this.#isTimeLeft; left = left.length > 0 ? left : [...victims]) {
+      await Bun.sleep(least + random(most - least));
+      const [victim] = left.splice(random(left.length), 1);
+      const duration = 1_000 + random(6_000);
+      if (typeof victim === "number") this.#beginAtEtcd(victim, duration);
+      else this.#begin("node", victim!, () => this.#inflict("node", victim!, duration, 0));
+      await Promise.all(this.#running);
+      await this.#cluster.live();
+    }
+  }
+
+  get #isTimeLeft(): boolean {
+    return performance.now() - this.#startedAt < this.#options.seconds * 1000;
   }
 
   #faultFor(percent: number): Fault {
@@ -203,13 +266,25 @@ class Chaos implements World {
     return percent < 82 || !this.#disk ? "stop" : "full disk";
   }
 
-  #begin(fault: Fault, node: Node, ms: number, choice: number): void {
+  /** One member at a time, so that two can go on. */
+  #beginAtEtcd(member: number, ms: number): void {
+    const etcd = this.#etcd!;
+    this.#begin("etcd", etcd, async () => {
+      await etcd.kill(member);
+      await Bun.sleep(ms / 2);
+      await etcd.restart(member);
+    });
+  }
+
+  #begin(fault: Fault | "etcd", victim: Node | Etcd, work: () => Promise<void>): void {
+    if (this.#busy.has(victim)) return;
     this.count(`fault: ${fault}`);
-    this.#busy.add(node);
-    const running = this.#inflict(fault, node, ms, choice)
-      .catch((error) => this.fault(`${fault} of ${node.name}: ${error.stack}`))
+    this.#lastFault = fault;
+    this.#busy.add(victim);
+    const running = work()
+      .catch((error) => this.fault(`${fault}${"name" in victim ? ` of ${victim.name}` : ""}: ${error.stack}`))
       .finally(() => {
-        this.#busy.delete(node);
+        this.#busy.delete(victim);
         this.#running.delete(running);
       });
     this.#running.add(running);
@@ -219,6 +294,11 @@ class Chaos implements World {
     const children = node.server.workers();
     const keeper = children.find(isKeeper);
     switch (fault) {
+      case "node":
+        for (const pid of [node.server.process.pid, ...children]) killHard(pid);
+        await node.kill();
+        await Bun.sleep(ms / 2);
+        return this.#startAgain(node);
       case "supervisor":
         await node.kill();
         await Bun.sleep(ms / 2);
@@ -343,6 +423,11 @@ class Chaos implements World {
 
   // ------------------------------------------------------------------------------------------------ figures
 
+  get #pausesOfReads(): string {
+    const sorted = this.#pauses.toSorted((a, b) => a - b).map(Math.round);
+    return sorted.length === 0 ? "none" : `${sorted[sorted.length >> 1]}, ${sorted.at(-1)}`;
+  }
+
   #seconds(): number {
     return Math.round((performance.now() - this.#startedAt) / 1000);
   }
@@ -357,6 +442,7 @@ class Chaos implements World {
       ["seed", String(this.seed)],
       ["time", `${this.#seconds()} s`],
       ["changes acknowledged", String(this.history.acknowledged)],
+      ["pauses of reads, ms: median, longest", this.#pausesOfReads],
       ...[...this.#counts].sort().map(([what, times]): [string, string] => [what, String(times)]),
       ...(this.#problems.length > 0 ? [["kept in", this.#folder.path] as [string, string]] : []),
     ];
@@ -394,7 +480,9 @@ function optionsFrom(words: string[]): ChaosOptions {
   };
   const seconds = (numberOf("minutes") ?? 2) * 60;
   const seed = numberOf("seed") ?? Math.floor(Math.random() * 1e6);
-  return { seed, seconds, pauseMs: [200, 2_500], say: (line) => console.log(line) };
+  const engine = words.includes("--etcd") ? "etcd" : "master";
+  const isSingle = words.includes("--single");
+  return { seed, seconds, engine, isSingle, pauseMs: [200, 2_500], say: (line) => console.log(line) };
 }
 
 if (import.meta.main) {

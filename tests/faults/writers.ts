@@ -28,6 +28,8 @@ const FAILED: ReadonlySet<number> = new Set([
   ExitStatus.refused,
 ]);
 
+const DIRECT = join(import.meta.dir, "direct.ts");
+
 type Random = ReturnType<typeof seeded>;
 
 // ---------------------------------------------------------------------------------------------------- history
@@ -142,7 +144,7 @@ function namesake(path: string): string {
   return stem === undefined ? path : stem + extension;
 }
 
-function digestOf(content: Uint8Array): Content {
+export function digestOf(content: Uint8Array): Content {
   return Bun.hash(content).toString(16);
 }
 
@@ -157,12 +159,14 @@ export interface World {
   readonly env: Record<string, string>;
   /** By the name of the node. */
   readonly addresses: ReadonlyMap<string, string>;
-  /** Where clients are sent on. */
-  readonly master: string;
+  /** Where clients are sent on, rather than answered; undefined among equals, each of which does both. */
+  readonly master: string | undefined;
   /** No further change is to be begun. */
   isOver(): boolean;
   count(what: string): void;
   fault(text: string): void;
+  /** A reader had nothing for so long. */
+  paused(ms: number): void;
 }
 
 /** What they need to be there: a put makes no folders above a name. */
@@ -289,11 +293,20 @@ export class ClientWriter {
     const { history, addresses, env } = this.#world;
     const done = history.begin(contents, isOwn, `${this.#name} ${kind} at ${node}`);
     const words = [...args, "--retries", "3", "--timeout", "10", "--quiet"];
-    const run = await runClient(addresses.get(node)!, words, { cwd: this.#folder, env });
+    const run = await runClient(addresses.get(node)!, words, {
+      cwd: this.#folder,
+      env,
+      script: this.#scriptFor(isOwn),
+    });
     this.#world.count(`${kind}: ${run.status === 0 ? "acknowledged" : `status ${run.status}`}`);
     if (run.status === 0) done();
     else if (!FAILED.has(run.status) || run.errors.trim() === "")
       this.#world.fault(`${this.#name}: ${args.join(" ")} at ${node} ended with status ${run.status}: ${run.errors}`);
+  }
+
+  /** What is changed in one place alone must not be sent on by it. */
+  #scriptFor(isOwn: boolean): string | undefined {
+    return isOwn && this.#world.master === undefined ? DIRECT : undefined;
   }
 }
 
