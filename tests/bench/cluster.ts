@@ -2,8 +2,9 @@
  * How fast a cluster of a master and three replicas on one machine carries changes, and what it costs.
  *
  * ```sh
- * bun run bench:cluster                        # every part
- * bun run bench:cluster --only latency,files   # some
+ * bun run bench:cluster                                      # every part
+ * bun run bench:cluster --only latency,files                 # some
+ * bun run bench:cluster --only latency,files --engine etcd   # of three equals, whose ledger three members of etcd keep
  * ```
  *
  * Parts: `latency` of a put of 1 KiB and of a change by another program, until it is in all four trees; `files`: 10,000
@@ -18,10 +19,11 @@ import { formatSize } from "../../command.ts";
 import { Remote } from "../../remote.ts";
 import { FileSource } from "../../source.ts";
 import { type Cluster, type Node, startCluster } from "../clusters.ts";
+import { startEtcd } from "../engines.ts";
 import { childrenOf, makeRoot, randomBytes, temporaryFolder, waitFor } from "../fixtures.ts";
 import { client, findVersions, median, parseCount, printVersions, readOptions, startRsync, time } from "./bench.ts";
 
-const options = readOptions({ only: "", rounds: "3", files: "10000", many: "100000", clients: "6" });
+const options = readOptions({ only: "", engine: "master", rounds: "3", files: "10000", many: "100000", clients: "6" });
 const ROUNDS = parseCount(options.rounds);
 const FILES = parseCount(options.files);
 const MANY = parseCount(options.many);
@@ -33,6 +35,8 @@ const LARGE_BYTES = 256 * 1024 * 1024;
 const say = (text: string) => console.log(text);
 const ms = (value: number) => `${value.toFixed(0)} ms`;
 
+const etcd = options.engine === "etcd" ? await startEtcd({ members: 3 }) : undefined;
+
 const PARTS = { latency, files, large, redirect, throughput };
 
 printVersions(findVersions("rsync"));
@@ -43,11 +47,12 @@ for (const name of wanted) {
   if (!part) throw new Error(`There is no part ${name}; there are ${Object.keys(PARTS).join(", ")}`);
   await part();
 }
+await etcd?.[Symbol.asyncDispose]();
 
 // ---------------------------------------------------------------------------------------------------- parts
 
 async function latency(): Promise<void> {
-  await using cluster = await startCluster({ replicas: 3 });
+  await using cluster = await startAll();
   const remote = new Remote({ servers: [addressOf(cluster.master)] });
   const put: number[] = [];
   const acknowledged: number[] = [];
@@ -85,7 +90,7 @@ async function files(): Promise<void> {
     using there = temporaryFolder(tmpfs());
     const cmd = ["rsync", "-a", `rsync://127.0.0.1:${rsync.port}/served/tree`, there.path];
     times.rsync.push((await time(cmd)) * 1000);
-    await using cluster = await startCluster({ replicas: 3, parent: tmpfs() });
+    await using cluster = await startAll(tmpfs());
     const startedAt = performance.now();
     await time(client("put", "-r", tree, "-t", "tree", "-q", "-d", source.path, "--server", cluster.address));
     times.put.push(performance.now() - startedAt);
@@ -93,7 +98,7 @@ async function files(): Promise<void> {
     times.all.push(performance.now() - startedAt);
   }
   const [one, put, all] = [times.rsync, times.put, times.all].map(median) as [number, number, number];
-  say(`${FILES} files of 4 KiB: rsync ${ms(one)}; put acknowledged ${ms(put)}, on all four ${ms(all)}`);
+  say(`${FILES} files of 4 KiB: rsync ${ms(one)}; put acknowledged ${ms(put)}, on all ${ms(all)}`);
   say(`  which is ${(all / one).toFixed(2)} x the time of one rsync`);
 }
 
@@ -164,15 +169,20 @@ async function throughput(): Promise<void> {
 
 // ---------------------------------------------------------------------------------------------------- tools
 
+/** Of etcd each time another ledger. */
+function startAll(parent?: string): Promise<Cluster> {
+  return startCluster({ replicas: etcd ? 2 : 3, parent, ledger: etcd?.url(`bench-${crypto.randomUUID()}`) });
+}
+
 async function untilIn(cluster: Cluster, name: string): Promise<void> {
   while (!cluster.nodes.every(({ root }) => existsSync(join(root, name)))) await Bun.sleep(1);
 }
 
-/** By the master's status, so that nobody is kept from work by being looked at. */
+/** By the master's status, so that nobody is kept from work by being looked at. Among equals revisions have gaps. */
 async function untilAllHave(cluster: Cluster, records: number): Promise<void> {
   for (;;) {
     const { revision, replicas } = await cluster.master.status();
-    if (revision >= records && replicas.every(({ lag }) => lag === 0)) break;
+    if ((etcd || revision >= records) && replicas.every(({ lag }) => lag === 0)) break;
     await Bun.sleep(20);
   }
   for (const { root } of cluster.nodes) {
