@@ -150,7 +150,9 @@ class Chaos implements World {
     const { nodes } = this.#cluster;
     const writers = Array.from({ length: WRITERS }, (_, number) => new ClientWriter(this, number));
     const readers = Array.from({ length: READERS }, (_, number) => new Reader(this, number));
-    const outside = new FileWriter(this, nodes[2]!.name, nodes[2]!.root);
+    // Not where the disk gets full.
+    const { name, root } = nodes.at(-2)!;
+    const outside = new FileWriter(this, name, root);
     const timer = setInterval(() => this.#progress(), PROGRESS_MS);
     const working = Promise.all([...writers, ...readers, outside].map((one) => one.run()));
     const disturbed = this.#options.isSingle ? this.#disturbSingly() : this.#disturb();
@@ -159,9 +161,10 @@ class Chaos implements World {
     } finally {
       this.#isOver = true;
       clearInterval(timer);
-      await working;
+      await Promise.allSettled([working, disturbed]);
       await Promise.all(this.#running);
     }
+    await working;
     await this.#checkRest();
   }
 
@@ -256,7 +259,7 @@ class Chaos implements World {
   }
 
   get #isTimeLeft(): boolean {
-    return performance.now() - this.#startedAt < this.#options.seconds * 1000;
+    return !this.#isOver && performance.now() - this.#startedAt < this.#options.seconds * 1000;
   }
 
   #faultFor(percent: number): Fault {
