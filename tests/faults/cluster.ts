@@ -138,6 +138,10 @@ class Chaos implements World {
     this.#options.say(`wrong after ${this.#seconds()} s: ${text}`);
   }
 
+  say(text: string): void {
+    this.#options.say(`${this.#seconds()} s: ${text}`);
+  }
+
   /** The machine has a part in it: no fault. */
   paused(ms: number): void {
     this.#pauses.push(ms);
@@ -178,6 +182,7 @@ class Chaos implements World {
     await this.#etcd?.[Symbol.asyncDispose]();
     await this.#checkOrphans();
     this.#checkLogs();
+    if (this.#problems.length > 0) this.#keepHistory();
     this.#disk?.[Symbol.dispose]();
     if (this.#problems.length === 0) this.#folder[Symbol.dispose]();
     const faults = [...this.#counts].filter(([what]) => what.startsWith("fault: "));
@@ -193,6 +198,12 @@ class Chaos implements World {
   #keepTrees(): void {
     for (const { root, name } of this.#cluster?.nodes ?? [])
       cpSync(realpathSync(root), join(this.#folder.path, "trees", name), { recursive: true, preserveTimestamps: true });
+  }
+
+  #keepHistory(): void {
+    writeFileSync(join(this.#folder.path, "history"), String(this.history));
+    for (const [number, server] of this.#servers.entries())
+      writeFileSync(join(this.#folder.path, `server-${number}.log`), `${server.address}\n${server.stderr()}`);
   }
 
   /** The last member has a small disk, where there can be one. */

@@ -17,6 +17,9 @@ const TIMEOUT_MS = 2_000;
 /** A read goes on until it has what it wants. */
 const RETRIES = 1_000;
 
+/** It is told what such a read has waited for. */
+const LONG_MS = 3_000;
+
 const pathOf = (index: number) => `unchanged/${index}`;
 const contentOf = (index: number) => randomBytes(1 + Math.floor((index * MOST_BYTES) / FILES), index + 1);
 
@@ -37,8 +40,10 @@ export class Reader {
     const world = this.#world;
     let doneAt = performance.now();
     for (let turn = this.#number; !world.isOver(); turn++) {
-      await this.#read(turn % FILES);
+      const notes: string[] = [];
+      await this.#read(turn % FILES, (text) => notes.push(`${Math.round(performance.now() - doneAt)} ms: ${text}`));
       const now = performance.now();
+      if (now - doneAt > LONG_MS) world.say(`a read took ${Math.round(now - doneAt)} ms\n  ${notes.join("\n  ")}`);
       world.paused(now - doneAt);
       doneAt = now;
       await Bun.sleep(BETWEEN_MS);
@@ -46,11 +51,11 @@ export class Reader {
   }
 
   /** As another client each time. */
-  async #read(index: number): Promise<void> {
+  async #read(index: number, note: (text: string) => void): Promise<void> {
     const servers = parseServers([...this.#world.addresses.values()].join());
     const first = this.#number % servers.length;
     const turned = [...servers.slice(first), ...servers.slice(0, first)];
-    const remote = new Remote({ servers: turned, timeoutMs: TIMEOUT_MS, retries: RETRIES });
+    const remote = new Remote({ servers: turned, timeoutMs: TIMEOUT_MS, retries: RETRIES, note });
     const target = new Memory();
     try {
       await remote.download(pathOf(index), target);

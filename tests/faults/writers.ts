@@ -80,6 +80,11 @@ export class History {
     return paths.filter((path) => [...this.mayHold(path)].some((content) => content !== NOTHING));
   }
 
+  /** All of it, to be read afterwards: a line each. */
+  toString(): string {
+    return this.#changes.map((change) => JSON.stringify(change)).join("\n");
+  }
+
   get acknowledged(): number {
     return this.#changes.filter(({ isAcknowledged }) => isAcknowledged).length;
   }
@@ -102,7 +107,9 @@ export class History {
 
   #faultsOfOthers(tree: Map<string, Content>): string[] {
     const kept = new Set([...tree].map(([path, content]) => `${namesake(path)} ${content}`));
-    const isThere = ({ path, content }: Change) => kept.has(`${path} ${content}`);
+    // A removal that nobody has answered may have been made, too.
+    const isThere = ({ path, content }: Change) =>
+      content === NOTHING ? !tree.has(path) : kept.has(`${path} ${content}`);
     const others = this.#changes.filter(({ path }) => !this.#own.has(path));
     return others
       .filter((change) => change.isAcknowledged && change.content !== NOTHING && !isThere(change))
@@ -165,6 +172,7 @@ export interface World {
   isOver(): boolean;
   count(what: string): void;
   fault(text: string): void;
+  say(text: string): void;
   /** A reader had nothing for so long. */
   paused(ms: number): void;
 }
