@@ -350,7 +350,11 @@ class Chaos implements World {
     const folder = join(this.#disk!.path, "filler");
     mkdirSync(folder);
     try {
-      for (let number = 0; ; number++) writeFileSync(join(folder, String(number)), new Uint8Array(BLOCK_BYTES));
+      for (let number = 0; ; number++) {
+        writeFileSync(join(folder, String(number)), new Uint8Array(BLOCK_BYTES));
+        // Those who read are in this process.
+        await Bun.sleep(0);
+      }
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== "ENOSPC") throw error;
     }
