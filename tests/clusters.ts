@@ -2,7 +2,7 @@
 import { join } from "node:path";
 import { Remote } from "../client.ts";
 import type { ClusterState, MemberStatus } from "../hub.ts";
-import { type Files, makeRoot, type Server, startServer, treeOf, waitFor, writeTree } from "./fixtures.ts";
+import { type Files, isAlive, makeRoot, type Server, startServer, treeOf, waitFor, writeTree } from "./fixtures.ts";
 
 export interface Node {
   readonly name: string;
@@ -91,20 +91,13 @@ async function startNode(name: string, root: string, args: string[], env: Record
     kill: async () => {
       const children = node.server.workers();
       await node.server.stop("SIGKILL");
-      await waitFor(`${name} has ended`, () => children.every((pid) => !isRunning(pid)));
+      await waitFor(`${name} has ended`, () => children.every((pid) => !isAlive(pid)));
     },
     start: async () => {
       node.server = await startServer(root, { args, env, port: node.server.port });
     },
   };
   return node;
-}
-
-/** A zombie does not count. */
-function isRunning(pid: number): boolean {
-  const { stdout } = Bun.spawnSync(["cat", `/proc/${pid}/stat`], { stderr: "ignore" });
-  const state = stdout.toString().split(") ").pop()?.[0];
-  return state !== undefined && state !== "Z";
 }
 
 export async function statusOf(address: string): Promise<ClusterState> {
