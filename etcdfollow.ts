@@ -60,6 +60,8 @@ export interface Following {
   onStretch(stretch: Stretch): void;
   /** `isCurrent`: nothing of the log that was there before them is still to be given. */
   onMembers(members: Map<string, LiveMember>, isCurrent: boolean): void;
+  /** A member has said something, be it what it had said before. */
+  onBeat?(node: string): void;
   /** All that the log held when the watch was begun has been given: once for each time. */
   onCurrent(revision: number): void;
   /** Neither what others do nor that this one is there gets through any more. */
@@ -347,8 +349,10 @@ export class Follower {
   #onFact(key: string, type: "DELETE" | undefined, kv: KeyValue): void {
     const { keys, id, setPruned } = this.#options;
     if (key.startsWith(keys.members)) {
-      if (type === "DELETE") this.#members.delete(key.slice(keys.members.length));
+      const node = key.slice(keys.members.length);
+      if (type === "DELETE") this.#members.delete(node);
       else this.#setMember(kv);
+      this.#options.following.onBeat?.(node);
     } else if (key === keys.pruned && type !== "DELETE") setPruned(Number(textOf(kv)));
     // What has become of it is asked of etcd, at the next beginning.
     else if (key === keys.ledger && (type === "DELETE" || objectIn(kv)?.id !== id))

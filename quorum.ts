@@ -16,6 +16,8 @@ import { RepriseError } from "./protocol.ts";
 
 /** An equal that could not be reached is tried again after that. */
 const CHECK_RETRY_MS = 2_000;
+/** And so is one of which nothing was heard for so long, a beat or two: it has gone, while its lease goes on. */
+const SILENT_MS = 2_500;
 /** What somebody has to know, as long as not all of the log is here; nobody knows that much. */
 const UNKNOWN = Number.POSITIVE_INFINITY;
 
@@ -53,6 +55,7 @@ class Equal {
   /** Why it cannot be reached; undefined where it can. */
   unreached: string | undefined = "not reached yet";
   checkedAt = Number.NEGATIVE_INFINITY;
+  heardAt = performance.now();
   readonly progress = new Progress();
 
   constructor(node: string, said: LiveMember) {
@@ -180,6 +183,7 @@ export class Quorum implements Above {
           onMessage({ kind: "stretch", stretch, pruned: ledger.pruned });
         },
         onMembers: (members, isCurrent) => this.#onMembers(members, isCurrent ? ledger.revision : UNKNOWN),
+        onBeat: (node) => this.#onBeat(node),
         onCurrent: () => this.#onCurrent(ledger.revision),
         onLost: (error) => this.#fail(error),
         onBack: () => {},
@@ -296,10 +300,16 @@ export class Quorum implements Above {
     this.#options.onMembers();
   }
 
+  #onBeat(node: string): void {
+    const equal = this.#equals.get(node);
+    if (equal) equal.heardAt = performance.now();
+  }
+
   #checkAll(): void {
     const now = performance.now();
     for (const equal of this.#equals.values()) {
-      if (!equal.said.live || equal.unreached === undefined || now - equal.checkedAt < CHECK_RETRY_MS) continue;
+      const isInDoubt = equal.unreached !== undefined || now - equal.heardAt > SILENT_MS;
+      if (!equal.said.live || !isInDoubt || now - equal.checkedAt < CHECK_RETRY_MS) continue;
       equal.checkedAt = now;
       void this.#check(equal);
     }

@@ -5,9 +5,11 @@
 import { afterAll, afterEach, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { Etcd as EtcdClient, parseCluster } from "../etcd.ts";
+import { Etcd as EtcdClient, encoded, parseCluster, put } from "../etcd.ts";
+import { objectIn } from "../etcdkeys.ts";
 import { EtcdLedger, type LiveMember } from "../etcdledger.ts";
 import type { MemberStatus } from "../hub.ts";
+import { encodeInfo } from "../protocol.ts";
 import { Quorum } from "../quorum.ts";
 import { addToken } from "../tokens.ts";
 import { type Cluster, type Node, startCluster, statusOf } from "./clusters.ts";
@@ -19,6 +21,7 @@ import {
   runClient,
   type Server,
   sha256,
+  startFakeServer,
   startServer,
   TEST_MS,
   temporaryFolder,
@@ -179,6 +182,29 @@ describe.skipIf(noEtcd !== undefined)("three servers of one etcd", () => {
     expect((await run).status).toBe(0);
     expect(await sha256(join(folder.path, "large"))).toBe(digest);
     await victim.start();
+    await cluster.live(2);
+  });
+
+  test("one that is silent and does not answer any more gets no client, however long its lease is", async () => {
+    const api = new EtcdClient(parseCluster(etcd.url("files")));
+    const lease = await api.grant(600);
+    const { kvs } = await api.range({ key: encoded("/reprise/files/ledger") });
+    const { id } = objectIn(kvs![0]!)!;
+    const fake = startFakeServer(() => [encodeInfo({ node: "fake" })]);
+    const far = 2 ** 50;
+    const said = JSON.stringify({ address: fake.address, known: far, revision: far, live: true, ledger: id });
+    await api.txn({ success: [put("/reprise/files/members/fake", said, lease)] });
+    const found = async (state: MemberStatus["state"]) => {
+      const statuses = await Promise.all(cluster.nodes.map((node) => node.status()));
+      const members = statuses.map(({ replicas }) => replicas.find(({ address }) => address === fake.address));
+      return members.every((member) => member?.state === state) ? members : undefined;
+    };
+    await waitFor("it is live", () => found("live"));
+    fake[Symbol.dispose]();
+    const members = await waitFor("it is left out", () => found("joining"));
+    for (const member of members) expect(member?.problem).toContain("not to be reached");
+    await api.revoke(lease);
+    api.close();
     await cluster.live(2);
   });
 
