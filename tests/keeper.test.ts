@@ -53,6 +53,27 @@ async function joinWith(address: string, token: string | undefined, node = "stra
 const SHA = "a".repeat(64);
 const file = { kind: "file", size: 1, mtime: 1, sha256: SHA };
 
+test("a reader that holds the index up for a moment is waited for, whatever was read before a change", async () => {
+  using root = makeRoot({});
+  const path = join(root.path, "index.sqlite");
+  const index = new Index(path);
+  // So does a worker that has met the index while the keeper was about to note a change in it.
+  const hold = `const db = new (require("bun:sqlite").Database)(${JSON.stringify(path)});
+    db.run("BEGIN IMMEDIATE");
+    console.log("held");
+    Bun.sleepSync(300);
+    db.run("COMMIT");`;
+  await using holder = Bun.spawn([process.execPath, "-e", hold], { stdio: ["ignore", "pipe", "inherit"] });
+  for await (const _ of holder.stdout) break;
+  index.transaction(() => {
+    expect(index.fact("cursor")).toBeUndefined();
+    index.setFact("cursor", 1);
+  });
+  expect(index.fact("cursor")).toBe(1);
+  expect(await holder.exited).toBe(0);
+  index.close();
+});
+
 describe("a LINK that is not what it should be", () => {
   const join = { kind: "join", version: 1, store: "folder", node: "n", host: "", port: 1, secret: "s".repeat(43) };
   const propose = (proposals: unknown) => ({ kind: "propose", id: 1, origin: "n", proposals });
