@@ -57,10 +57,13 @@ class Equal {
   checkedAt = Number.NEGATIVE_INFINITY;
   heardAt = performance.now();
   readonly progress = new Progress();
+  /** By which this one was told of it. */
+  readonly ledger: EtcdLedger | undefined;
 
-  constructor(node: string, said: LiveMember) {
+  constructor(node: string, said: LiveMember, ledger: EtcdLedger | undefined) {
     this.node = node;
     this.said = said;
+    this.ledger = ledger;
   }
 
   get address(): string {
@@ -137,6 +140,7 @@ export class Quorum implements Above {
     const ledger = new EtcdLedger(new Etcd(cluster), { store, isSeen, warn: (text) => say("warn", text) });
     this.#ledger = ledger;
     await ledger.open();
+    this.#target = UNKNOWN;
     this.#seen = await ledger.members();
     const failed = Promise.withResolvers<never>();
     this.#fail = failed.reject;
@@ -150,10 +154,9 @@ export class Quorum implements Above {
     void this.#ledger?.close();
     this.#ledger = undefined;
     this.#fail = () => {};
-    this.#equals.clear();
     this.#proposed = [];
     this.#waiting = [];
-    this.#target = UNKNOWN;
+    // Clients are still sent to those who were there last and answer: what they have can be read.
   }
 
   close(): void {
@@ -249,9 +252,9 @@ export class Quorum implements Above {
 
   // ------------------------------------------------------------------------------------------------ the others
 
-  /** Those that are there. */
+  /** Those that are there and have files. */
   get equals(): Equal[] {
-    return [...this.#equals.values()];
+    return [...this.#equals.values()].filter(({ said }) => said.redirectOnly !== true);
   }
 
   get nodes(): string[] | undefined {
@@ -277,8 +280,7 @@ export class Quorum implements Above {
 
   get isEveryoneHere(): boolean {
     const revision = this.#ledger?.revision ?? Number.POSITIVE_INFINITY;
-    const withFiles = this.equals.filter(({ said }) => said.redirectOnly !== true);
-    return this.gone.length === 0 && withFiles.every(({ state, said }) => state === "live" && said.known >= revision);
+    return this.gone.length === 0 && this.equals.every(({ state, said }) => state === "live" && said.known >= revision);
   }
 
   #onMembers(members: Map<string, LiveMember>, revision: number): void {
@@ -286,7 +288,9 @@ export class Quorum implements Above {
     for (const [node, said] of members) {
       if (node === this.#options.node) continue;
       const known = this.#equals.get(node);
-      const equal = known?.address === said.address ? known : new Equal(node, said);
+      // One that was there before etcd was lost may have come anew since then.
+      const isSame = known?.address === said.address && known.ledger === this.#ledger;
+      const equal = isSame ? known : new Equal(node, said, this.#ledger);
       this.#equals.set(node, equal);
       equal.said = said;
       if (!said.live) equal.target = undefined;
