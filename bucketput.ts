@@ -30,6 +30,7 @@ import { join, type MaybePromise } from "./storage.ts";
 
 const MIB = 1024 * 1024;
 /** S3 takes none below 5 MiB but the last, and 10,000 of them. */
+const LEAST_PART_BYTES = 5 * MIB;
 const PART_BYTES = 8 * MIB;
 const MAX_PARTS = 10_000;
 /** What a part may have at most, since it is in memory: 625 GiB fit in. */
@@ -475,12 +476,19 @@ function stateKey({ prefix }: Bucket, id: string): string {
   return `${prefix}.reprise/put-${id}`;
 }
 
+/**
+ * What can be gone on with: a part that was cut short when its upload was is too small for S3 once others are behind it, and
+ * comes again.
+ */
 async function readState(bucket: Bucket, id: string): Promise<{ state: State; etag: string } | undefined> {
   const found = await bucket.s3.readAll(stateKey(bucket, id));
   if (!found) return undefined;
   try {
     const state: State = JSON.parse(new TextDecoder().decode(found.body));
-    return state.version === 1 && Array.isArray(state.parts) ? { state, etag: found.etag } : undefined;
+    if (state.version !== 1 || !Array.isArray(state.parts)) return undefined;
+    const short = state.parts.findIndex(([length]) => length < LEAST_PART_BYTES);
+    const parts = short < 0 ? state.parts : state.parts.slice(0, short);
+    return { state: { ...state, parts }, etag: found.etag };
   } catch {
     return undefined;
   }

@@ -178,6 +178,27 @@ describe.skipIf(noCeph !== undefined)("a bucket", () => {
     expect(await stateKey()).toBeUndefined();
   });
 
+  test("an upload whose client was lost in the middle of a part is gone on with before that part", async () => {
+    await using it = await setUp();
+    const content = randomBytes(33 * MIB);
+    const options = { id: ID, size: content.length };
+    {
+      using lost = await Talk.to(it.server.port);
+      await lost.begin("f", content.subarray(0, 18 * MIB), options);
+    }
+    await waitFor("the part that was cut short is held, too", async () => {
+      const state = await it.s3.readAll(`${it.prefix}.reprise/put-${ID}`);
+      return state && JSON.parse(new TextDecoder().decode(state.body)).parts.length === 3;
+    });
+    const held = (await it.talk.peer.sums(ID, "")).reduce((sum, { length }) => sum + length, 0);
+    expect(held).toBe(16 * MIB);
+    await it.talk.begin("f", content.subarray(held), { ...options, offset: held });
+    await it.talk.peer.end(content.length - held);
+    await it.talk.peer.expect("meta");
+    expect((await it.talk.get("f")).content.equals(content)).toBe(true);
+    expect(await Array.fromAsync(it.s3.uploads(it.prefix))).toEqual([]);
+  });
+
   test("what another server has gone on with, the first does not spoil", async () => {
     await using it = await setUp();
     await using other = await startServer(it.url, { args: ["--writable"], env: ceph.env });
