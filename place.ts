@@ -682,10 +682,10 @@ function superseded({ path }: Record): RepriseError {
   return new RepriseError("not_found", `not the version that was asked for: ${quote(path)}`);
 }
 
-/** What the system refuses concerns one file, not the keeper. */
+/** What the system refuses concerns one file, not the keeper; throws all else, of the index, too. */
 function asProblem({ path }: Record, error: unknown): RepriseError {
   if (error instanceof RepriseError) return error;
-  if (errorCode(error) === undefined) throw error;
+  if (!/^E[A-Z0-9]+$/.test(errorCode(error))) throw error;
   return new RepriseError("failed", `${quote(path)}: ${(error as Error).message}`, error);
 }
 

@@ -8,13 +8,23 @@ import { Index } from "../index.ts";
 import { EmbeddedLedger, FOLDER, GONE, type Version } from "../ledger.ts";
 import { call, type Join, readFromMaster, readFromMember, Up } from "../link.ts";
 import { Placer } from "../place.ts";
-import { type ErrorCode, encodeLink, RepriseError } from "../protocol.ts";
+import { type ErrorCode, encodeLink, MAX_CONTENT_BYTES, RepriseError } from "../protocol.ts";
 import type { Event } from "../replica.ts";
 import { type Folder, openFolder } from "../storage.ts";
 import { addToken } from "../tokens.ts";
 import { hashOf, Observer } from "../watch.ts";
 import { startCluster, statusOf } from "./clusters.ts";
-import { childrenOf, makeRoot, runClient, startFakeServer, startServer, TEST_MS, waitFor } from "./fixtures.ts";
+import {
+  childrenOf,
+  HOME,
+  makeRoot,
+  randomBytes,
+  runClient,
+  startFakeServer,
+  startServer,
+  TEST_MS,
+  waitFor,
+} from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
 
@@ -206,6 +216,41 @@ describe("a file that has only another time", () => {
     expect(told[0]).toMatchObject({ kind: "placed", etag: root.look("a.txt")?.etag });
     expect(statSync(`${folder.path}/a.txt`).mtimeMs).toBeCloseTo(1e12, 0);
   });
+});
+
+test("what cannot be noted in the index is no problem of a file: the keeper ends, and another looks at everything", async () => {
+  using folder = makeRoot({ "a.txt": randomBytes(MAX_CONTENT_BYTES + 1) });
+  const placing = `
+    const { Placer } = require(${JSON.stringify(join(HOME, "place.ts"))});
+    const { openChanges } = require(${JSON.stringify(join(HOME, "changes.ts"))});
+    const { openFolder } = require(${JSON.stringify(join(HOME, "storage.ts"))});
+    const { hashOf } = require(${JSON.stringify(join(HOME, "watch.ts"))});
+    const { Index } = require(${JSON.stringify(join(HOME, "index.ts"))});
+    const [path] = process.argv.slice(1);
+    const changes = openChanges(path);
+    const index = new Index(path + "/.reprise/index.sqlite");
+    hashOf(openFolder(path), "a.txt").then(({ version, etag }) => {
+      const target = { ...version, path: "b.txt", revision: 1, origin: "b", over: "" };
+      const entry = { base: 0, sent: undefined, passed: [] };
+      index.set({ ...entry, path: "a.txt", known: version, seen: version, etag, target: undefined });
+      const gone = { kind: "gone", size: 0, mtime: 0, sha256: "" };
+      index.set({ ...entry, path: "b.txt", known: gone, seen: gone, etag: "", target });
+      const state = { node: "a", entries: index, cursor: 2, online: true, snapshot: undefined };
+      const take = () => index.transaction(() => {
+        throw Object.assign(new Error("database or disk is full"), { name: "SQLiteError", code: "SQLITE_FULL" });
+      });
+      const none = () => {};
+      const placer = new Placer({ root: openFolder(path), changes, index, state, take,
+        holdersOf: () => [], connectTo: none, isEveryoneHere: () => false, examine: none });
+      placer.want(target, "");
+      setTimeout(() => process.exit(0), 2000);
+    });`;
+  await using child = Bun.spawn([process.execPath, "-e", placing, folder.path], {
+    stdio: ["ignore", "ignore", "pipe"],
+  });
+  const said = await new Response(child.stderr).text();
+  expect(said).toContain("SQLITE_FULL");
+  expect(await child.exited).toBe(1);
 });
 
 describe("a root that is removed", () => {
