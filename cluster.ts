@@ -329,16 +329,28 @@ class Keeper {
   /** All of them, or none, become part of the index; what is to be done about them is begun afterwards. */
   #take(events: Event[]): void {
     if (events.length === 0) return;
-    const state = this.#state;
-    const effects = this.#index.transaction(() => {
-      const cursor = state.cursor;
-      const effects = events.flatMap((event) => step(state, event));
-      if (state.cursor !== cursor) this.#index.setFact("cursor", state.cursor);
-      return effects;
-    });
-    this.#perform(effects);
+    this.#perform(this.#stepAll(events));
     this.#settleAnnounced();
     this.#publishSoon();
+  }
+
+  /** Ends the keeper where the index cannot be changed, whoever may take that for a problem of their own. */
+  #stepAll(events: Event[]): Effect[] {
+    const state = this.#state;
+    try {
+      return this.#index.transaction(() => {
+        const cursor = state.cursor;
+        const effects = events.flatMap((event) => step(state, event));
+        if (state.cursor !== cursor) this.#index.setFact("cursor", state.cursor);
+        return effects;
+      });
+    } catch (error) {
+      // What is in memory is not what is on disk any more.
+      queueMicrotask(() => {
+        throw error;
+      });
+      throw error;
+    }
   }
 
   #perform(effects: Effect[]): void {
