@@ -25,7 +25,7 @@ import {
 } from "./changes.ts";
 import type { Release } from "./disk.ts";
 import { crc32Combine, ERRORS, type Meta, type Put, quote, RepriseError, UNKNOWN_SIZE } from "./protocol.ts";
-import { type ObjectInfo, type Part, type PutConditions, S3Error } from "./s3.ts";
+import { type ListedObject, type ListPage, type ObjectInfo, type Part, type PutConditions, S3Error } from "./s3.ts";
 import { join, type MaybePromise } from "./storage.ts";
 
 const MIB = 1024 * 1024;
@@ -285,7 +285,10 @@ class BucketChanges implements Changes {
     folders.forget();
     if (source) {
       await this.#copy(from, source, target);
-      return bucket.s3.remove(from) as Promise<undefined>;
+      // Whatever has taken its place meanwhile is not what was moved.
+      const still = await bucket.s3.head(from);
+      if (still?.etag === source.etag) await bucket.s3.remove(from);
+      return;
     }
     if (there) throw notAFolder(to, to);
     if (isFolder && !(await this.#isOnlyMarker(`${target}/`))) throw exists(to);
@@ -297,9 +300,10 @@ class BucketChanges implements Changes {
     return objects.every(({ key }) => key === prefix);
   }
 
-  /** All copies are there before the first original goes. */
+  /** All copies are there before the first original goes, and no other does: more may have come meanwhile. */
   async #moveBeneath(from: string, to: string): Promise<void> {
     const { s3 } = this.#shared.bucket;
+    const copied = new Set<bigint>();
     let token: string | undefined;
     do {
       const { objects, next } = await s3.list(from, { token });
@@ -312,15 +316,28 @@ class BucketChanges implements Changes {
       }
       for (let at = 0; at < objects.length; at += MAX_TOGETHER) {
         const some = objects.slice(at, at + MAX_TOGETHER).map(({ key }) => key!);
-        await Promise.all(some.map((key) => this.#copyIfThere(key, to + key.slice(from.length))));
+        await Promise.all(some.map((key) => this.#copyIfThere(key, to + key.slice(from.length), copied)));
       }
     } while (token !== undefined);
-    await this.#removeBeneath(from);
+    await this.#removeCopied(from, copied);
   }
 
-  async #copyIfThere(from: string, to: string): Promise<void> {
+  async #copyIfThere(from: string, to: string, copied: Set<bigint>): Promise<void> {
     const info = await this.#shared.bucket.s3.head(from);
-    if (info) await this.#copy(from, info, to);
+    if (!info) return;
+    await this.#copy(from, info, to);
+    copied.add(versionOf(from, info.etag));
+  }
+
+  async #removeCopied(prefix: string, copied: Set<bigint>): Promise<void> {
+    const { s3 } = this.#shared.bucket;
+    for (let startAfter: string | undefined = ""; startAfter !== undefined; ) {
+      const { objects, next }: ListPage = await s3.list(prefix, startAfter === "" ? {} : { startAfter });
+      const isCopied = ({ key, etag }: ListedObject) => key !== undefined && copied.has(versionOf(key, etag));
+      const keys = objects.filter(isCopied).map(({ key }) => key!);
+      if (keys.length > 0) await s3.removeAll(keys);
+      startAfter = next === undefined ? undefined : objects.findLast(({ key }) => key !== undefined)?.key;
+    }
   }
 
   async #copy(from: string, { etag, size, mtime, modifiedMs }: ObjectInfo, to: string): Promise<void> {
@@ -378,6 +395,11 @@ class BucketChanges implements Changes {
       throw this.#shared.bucket.errorOf(error, path);
     }
   }
+}
+
+/** Of an object, in a few bytes: a folder may have millions. */
+function versionOf(key: string, etag: string): bigint {
+  return Bun.hash.xxHash64(`${etag} ${key}`);
 }
 
 function isId(id: string): boolean {

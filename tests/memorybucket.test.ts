@@ -1,10 +1,115 @@
 /** A root on S3 against a bucket in memory: what else happens at just that moment, and what real engines do too rarely. */
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { Bucket } from "../bucket.ts";
-import type { S3 } from "../s3.ts";
+import { openBucketChanges } from "../bucketput.ts";
+import { type ListedObject, type ObjectInfo, type Part, type S3, S3Error } from "../s3.ts";
 import { TEST_MS } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
+
+const md5 = (content: Uint8Array) => new Bun.CryptoHasher("md5").update(content).digest("hex");
+
+interface Held {
+  content: Uint8Array;
+  etag: string;
+  mtime: string | undefined;
+}
+
+/** As much of S3 as changes need. */
+class MemoryS3 {
+  readonly settings = { bucket: "memory" };
+  readonly address = "memory";
+  readonly objects = new Map<string, Held>();
+  readonly uploads = new Map<string, { key: string; parts: Map<number, Held> }>();
+  /** Is called before each request, with its name and key. */
+  before: (name: string, key: string) => void = () => {};
+
+  set(key: string, content: Uint8Array | string, mtime?: string): string {
+    const bytes = Buffer.from(content);
+    this.objects.set(key, { content: bytes, etag: md5(bytes), mtime });
+    return md5(bytes);
+  }
+
+  get keys(): string[] {
+    return [...this.objects.keys()].sort();
+  }
+
+  async list(prefix: string, { max = 1000, startAfter = "", token = "" } = {}) {
+    this.before("list", prefix);
+    const keys = this.keys.filter((key) => key.startsWith(prefix) && key > startAfter && key > token);
+    const objects = keys.slice(0, max).map((key): ListedObject => {
+      const { content, etag } = this.objects.get(key)!;
+      return { key, size: content.length, etag, modified: new Date().toISOString() };
+    });
+    return { objects, prefixes: [], next: keys.length > max ? objects.at(-1)!.key : undefined };
+  }
+
+  async head(key: string): Promise<ObjectInfo | undefined> {
+    this.before("head", key);
+    const held = this.objects.get(key);
+    return held && { size: held.content.length, etag: held.etag, modifiedMs: 0, mtime: held.mtime };
+  }
+
+  async readAll(key: string) {
+    const held = this.objects.get(key);
+    return held && { etag: held.etag, body: held.content };
+  }
+
+  async put(key: string, body: Uint8Array | string, { mtime }: { mtime?: string } = {}): Promise<string> {
+    this.before("put", key);
+    return this.set(key, body, mtime);
+  }
+
+  async remove(key: string): Promise<void> {
+    this.before("remove", key);
+    this.objects.delete(key);
+  }
+
+  async removeAll(keys: string[]): Promise<void> {
+    for (const key of keys) await this.remove(key);
+  }
+
+  async copy(from: string, etag: string, to: string): Promise<void> {
+    this.before("copy", from);
+    const held = this.objects.get(from);
+    if (held?.etag !== etag) throw new S3Error("PreconditionFailed", 412, "another");
+    this.objects.set(to, held);
+  }
+
+  async createUpload(key: string): Promise<string> {
+    const id = `upload-${this.uploads.size + 1}`;
+    this.uploads.set(id, { key, parts: new Map() });
+    return id;
+  }
+
+  async putPart(_key: string, id: string, number: number, content: Uint8Array): Promise<string> {
+    const upload = this.uploads.get(id);
+    if (!upload) throw new S3Error("NoSuchUpload", 404, "no such upload");
+    upload.parts.set(number, { content: content.slice(), etag: md5(content), mtime: undefined });
+    return md5(content);
+  }
+
+  async completeUpload(key: string, id: string, parts: Part[]): Promise<void> {
+    this.before("complete", key);
+    const upload = this.uploads.get(id);
+    if (!upload) throw new S3Error("NoSuchUpload", 404, "no such upload");
+    const held = parts.map(({ number }) => upload.parts.get(number)!);
+    const etags = Buffer.concat(held.map(({ etag }) => Buffer.from(etag, "hex")));
+    const etag = `${md5(etags)}-${held.length}`;
+    this.objects.set(key, { content: Buffer.concat(held.map(({ content }) => content)), etag, mtime: undefined });
+    this.uploads.delete(id);
+  }
+
+  async abortUpload(_key: string, id: string): Promise<void> {
+    this.uploads.delete(id);
+  }
+}
+
+function setUp() {
+  const s3 = new MemoryS3();
+  const bucket = new Bucket(s3 as unknown as S3, "", {});
+  return { s3, bucket, changes: openBucketChanges(bucket) };
+}
 
 /** Minutes if each were compared with all before it. */
 test("300,000 files in one folder are listed in the time that they take", async () => {
@@ -25,4 +130,31 @@ test("300,000 files in one folder are listed in the time that they take", async 
   let files = 0;
   for await (const entries of new Bucket(s3 as unknown as S3, "", {}).root.list("", true)) files += entries.length;
   expect(files).toBe(pages * 1000);
+});
+
+test("a move of a folder takes away nothing that came while it was going on", async () => {
+  const { s3, changes } = setUp();
+  for (const name of ["a", "b", "c"]) s3.set(`from/${name}`, name);
+  s3.before = (name, key) => {
+    if (name !== "copy" || key !== "from/c") return;
+    s3.set("from/new", "came later");
+    s3.set("from/a", "another a");
+  };
+  expect(await changes.apply([{ action: "move", path: "from", to: "to", overwrite: false }])).toEqual([undefined]);
+  expect(s3.keys).toEqual(["from/a", "from/new", "to/a", "to/b", "to/c"]);
+  expect(s3.objects.get("from/a")!.content.toString()).toBe("another a");
+});
+
+test("a move of a file takes away no other that has come in its place", async () => {
+  const { s3, changes } = setUp();
+  s3.set("from", "one");
+  s3.before = (name) => {
+    if (name !== "copy") return;
+    s3.before = (name) => {
+      if (name === "head") s3.set("from", "two");
+    };
+  };
+  expect(await changes.apply([{ action: "move", path: "from", to: "to", overwrite: false }])).toEqual([undefined]);
+  const contents = s3.keys.map((key) => `${key}: ${s3.objects.get(key)!.content}`);
+  expect(contents).toEqual(["from: two", "to: one"]);
 });
