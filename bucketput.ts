@@ -469,10 +469,11 @@ class Folders {
 
   /** The folder that something goes from stays, though it may have been the last in it. */
   async keepParent(path: string): Promise<void> {
-    const parent = foldersAbove(path).at(-1);
-    if (parent === undefined) return;
+    const parent = join(this.#folder, foldersAbove(path).at(-1) ?? "");
+    // What is served as a whole is there anyway.
+    if (parent === "") return;
     const { s3 } = this.#bucket;
-    const prefix = `${keyFor(this.#bucket, this.#folder, parent)}/`;
+    const prefix = `${keyFor(this.#bucket, "", parent)}/`;
     const key = keyFor(this.#bucket, this.#folder, path);
     const { objects } = await s3.list(prefix, { max: 2 });
     const isOther = (found: string | undefined) => found !== key && !found?.startsWith(`${key}/`);

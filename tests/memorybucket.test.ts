@@ -158,3 +158,14 @@ test("a move of a file takes away no other that has come in its place", async ()
   const contents = s3.keys.map((key) => `${key}: ${s3.objects.get(key)!.content}`);
   expect(contents).toEqual(["from: two", "to: one"]);
 });
+
+test("the folder that somebody's token is for stays when the last file in it goes", async () => {
+  const { s3, changes } = setUp();
+  s3.set("one/f", "x");
+  const own = changes.beneath("one");
+  expect(await own.apply([{ action: "remove", path: "f", recursive: false }])).toEqual([undefined]);
+  expect(s3.keys).toEqual(["one/"]);
+  s3.set("top", "x");
+  await changes.apply(["one", "top"].map((path) => ({ action: "remove", path, recursive: true })));
+  expect(s3.keys).toEqual([]);
+});
