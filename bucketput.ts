@@ -239,7 +239,9 @@ class BucketChanges implements Changes {
     const { noClobber, etag } = request;
     const conditions = { ifNoneMatch: noClobber ? "*" : undefined, ifMatch: etag || undefined } as const;
     try {
-      return await upload.place(conditions);
+      const meta = await upload.place(conditions);
+      folders.note(request.path, "file");
+      return meta;
     } catch (error) {
       if (!isConflict(error)) throw error;
       throw noClobber ? exists(request.path) : notThatVersion(request.path);
@@ -253,8 +255,8 @@ class BucketChanges implements Changes {
     if (!isFile && !(await hasKeysBeneath(bucket, key))) throw notFound(path);
     if (!isFile && !recursive) throw refused(`${quote(path)} is a folder; rm -r removes it with all that is in it`);
     await folders.keepParent(path);
-    if (isFile) return bucket.s3.remove(key) as Promise<undefined>;
     folders.forget();
+    if (isFile) return bucket.s3.remove(key) as Promise<undefined>;
     await this.#removeBeneath(`${key}/`);
   }
 
@@ -370,7 +372,7 @@ class BucketChanges implements Changes {
     if ((info || isThere) && !parents) throw exists(path);
     if (info) throw new RepriseError("not_a_folder", `not a folder: ${quote(path)}`);
     if (!isThere) await bucket.s3.put(`${key}/`, "");
-    folders.note(path);
+    folders.note(path, "folder");
   }
 
   /** Of what is to be changed; not the folder itself. */
@@ -483,8 +485,10 @@ class Folders {
     if (behind.objects.length === 0) await s3.put(prefix, "");
   }
 
-  note(path: string): void {
-    this.#known.set(path, Promise.resolve("folder"));
+  /** There is one now, and with it the folders that it is in. */
+  note(path: string, kind: "folder" | "file"): void {
+    this.#known.set(path, Promise.resolve(kind));
+    for (const folder of foldersAbove(path)) this.#known.set(folder, Promise.resolve("folder"));
   }
 
   /** A folder may have gone from where it was. */

@@ -169,3 +169,20 @@ test("the folder that somebody's token is for stays when the last file in it goe
   await changes.apply(["one", "top"].map((path) => ({ action: "remove", path, recursive: true })));
   expect(s3.keys).toEqual([]);
 });
+
+test("of changes that come together the later ones see the folders that the earlier ones have made", async () => {
+  const { s3, changes } = setUp();
+  const mkdir = (path: string, parents: boolean) => ({ action: "mkdir", path, parents }) as const;
+  expect(await changes.apply([mkdir("a/b/c", true), mkdir("a/d", false)])).toEqual([undefined, undefined]);
+  s3.set("f", "x");
+  const remove = { action: "remove", path: "f", recursive: false } as const;
+  const [refused, ...made] = await changes.apply([
+    mkdir("f/g", false),
+    remove,
+    mkdir("f/g/h", true),
+    mkdir("f/i", false),
+  ]);
+  expect(refused).toMatchObject({ code: "not_a_folder" });
+  expect(made).toEqual([undefined, undefined, undefined]);
+  expect(s3.keys).toEqual(["a/b/c/", "a/d/", "f/g/h/", "f/i/"]);
+});
