@@ -663,10 +663,24 @@ class BucketUpload implements Upload {
 
   async #sendPart(index: number, body: Uint8Array, crc32: number, sha256: string): Promise<void> {
     const { s3 } = this.#shared.bucket;
-    const etag = await s3.putPart(this.#key, this.#uploadId!, index + 1, body, sha256);
+    const etag = await s3.putPart(this.#key, this.#uploadId!, index + 1, body, sha256).catch(async (error) => {
+      if (!isLost(error)) throw error;
+      // The bucket has given it up, as it may be told to after some days: it is to begin anew.
+      await this.#forgetState();
+      throw notHeld(this.request);
+    });
     this.#parts[index] = { length: body.length, etag, crc32 };
     // Of many parts not each is written down at once: what is written grows with them.
     if (this.#countHeld() - this.#savedParts >= Math.max(1, this.#parts.length >> 6)) await this.#save();
+  }
+
+  /** Nobody goes on with it, unless another server has begun it anew by now. */
+  async #forgetState(): Promise<void> {
+    this.#isDropped = true;
+    if (this.#stateEtag === undefined) return;
+    const { bucket } = this.#shared;
+    const held = await readState(bucket, this.request.id);
+    if (held?.state.uploadId === this.#uploadId) await bucket.s3.remove(stateKey(bucket, this.request.id));
   }
 
   /** From the first on, without a gap. */
@@ -784,7 +798,7 @@ class BucketUpload implements Upload {
     const { s3 } = this.#shared.bucket;
     try {
       if (this.#uploadId !== undefined && !this.#isPlaced) await s3.abortUpload(this.#key, this.#uploadId);
-      if (this.#stateEtag !== undefined) await s3.remove(stateKey(this.#shared.bucket, this.request.id));
+      await this.#forgetState();
     } catch {
       // The sweep comes for what is left.
     }

@@ -2,11 +2,15 @@
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { Bucket } from "../bucket.ts";
 import { openBucketChanges } from "../bucketput.ts";
-import { type ListedObject, type ObjectInfo, type Part, type S3, S3Error } from "../s3.ts";
-import { TEST_MS } from "./fixtures.ts";
+import type { Changes, Upload } from "../changes.ts";
+import { type Put, UNKNOWN_SIZE } from "../protocol.ts";
+import { type ListedObject, type ObjectInfo, type Part, type PutConditions, type S3, S3Error } from "../s3.ts";
+import { TEST_MS, waitFor } from "./fixtures.ts";
 
 setDefaultTimeout(TEST_MS);
 
+const MIB = 1024 * 1024;
+const ID = "0123456789abcdef0123456789abcdef";
 const md5 = (content: Uint8Array) => new Bun.CryptoHasher("md5").update(content).digest("hex");
 
 interface Held {
@@ -21,6 +25,8 @@ class MemoryS3 {
   readonly address = "memory";
   readonly objects = new Map<string, Held>();
   readonly uploads = new Map<string, { key: string; parts: Map<number, Held> }>();
+  puts = 0;
+  begun = 0;
   /** Is called before each request, with its name and key. */
   before: (name: string, key: string) => void = () => {};
 
@@ -55,8 +61,16 @@ class MemoryS3 {
     return held && { etag: held.etag, body: held.content };
   }
 
-  async put(key: string, body: Uint8Array | string, { mtime }: { mtime?: string } = {}): Promise<string> {
+  async put(
+    key: string,
+    body: Uint8Array | string,
+    { mtime, ifMatch, ifNoneMatch }: { mtime?: string } & PutConditions = {},
+  ): Promise<string> {
     this.before("put", key);
+    const etag = this.objects.get(key)?.etag;
+    const isRight = (!ifMatch || etag === ifMatch) && (!ifNoneMatch || etag === undefined);
+    if (!isRight) throw new S3Error("PreconditionFailed", 412, "another");
+    this.puts++;
     return this.set(key, body, mtime);
   }
 
@@ -77,7 +91,7 @@ class MemoryS3 {
   }
 
   async createUpload(key: string): Promise<string> {
-    const id = `upload-${this.uploads.size + 1}`;
+    const id = `upload-${++this.begun}`;
     this.uploads.set(id, { key, parts: new Map() });
     return id;
   }
@@ -109,6 +123,32 @@ function setUp() {
   const s3 = new MemoryS3();
   const bucket = new Bucket(s3 as unknown as S3, "", {});
   return { s3, bucket, changes: openBucketChanges(bucket) };
+}
+
+const putOf = (path: string, more: Partial<Put> = {}): Put => ({
+  action: "put",
+  path,
+  size: UNKNOWN_SIZE,
+  offset: 0,
+  mtime: 1_000_000,
+  id: "",
+  etag: "",
+  noClobber: false,
+  parents: false,
+  ...more,
+});
+
+/** All of what is sent, but for its name. */
+async function send(changes: Changes, put: Put, content: Uint8Array): Promise<Upload> {
+  const upload = await changes.receive(put, false);
+  try {
+    await upload.append(content, Bun.hash.crc32(content), () => {});
+    await upload.settle();
+    return upload;
+  } catch (error) {
+    upload.close();
+    throw error;
+  }
 }
 
 /** Minutes if each were compared with all before it. */
@@ -185,4 +225,45 @@ test("of changes that come together the later ones see the folders that the earl
   expect(refused).toMatchObject({ code: "not_a_folder" });
   expect(made).toEqual([undefined, undefined, undefined]);
   expect(s3.keys).toEqual(["a/b/c/", "a/d/", "f/g/h/", "f/i/"]);
+});
+
+test("an upload that the bucket has given up begins anew", async () => {
+  const { s3, changes } = setUp();
+  const content = Buffer.alloc(17 * MIB, "x");
+  const put = putOf("f", { id: ID, size: content.length });
+  const upload = await changes.receive(put, false);
+  const first = content.subarray(0, 9 * MIB);
+  await upload.append(first, Bun.hash.crc32(first), () => {});
+  upload.close();
+  const held = async () => (await Array.fromAsync(changes.sums(ID))).reduce((sum, { length }) => sum + length, 0);
+  expect(await held()).toBe(8 * MIB);
+  // By a rule of the bucket, for uploads that are not completed.
+  s3.uploads.clear();
+  const rest = send(changes, { ...put, offset: 8 * MIB }, content.subarray(8 * MIB));
+  expect(await rest.catch(({ code }) => code)).toBe("bad_range");
+  expect(await held()).toBe(0);
+  expect(await changes.apply([await send(changes, put, content)])).toMatchObject([{ size: content.length }]);
+  expect(s3.keys).toEqual(["f"]);
+});
+
+test("an upload that another server has begun anew is left to that one", async () => {
+  const { s3, bucket, changes } = setUp();
+  const content = Buffer.alloc(17 * MIB, "x");
+  const put = putOf("f", { id: ID, size: content.length });
+  const first = content.subarray(0, 9 * MIB);
+  const mine = await changes.receive(put, false);
+  await mine.append(first, Bun.hash.crc32(first), () => {});
+  await waitFor("a part is held", () => s3.keys.length === 1);
+  const others = openBucketChanges(bucket);
+  const theirs = await others.receive(put, false);
+  await theirs.append(first, Bun.hash.crc32(first), () => {});
+  await waitFor("they hold one", () => s3.puts === 2);
+  const rest = content.subarray(9 * MIB);
+  const lost = mine.append(rest, Bun.hash.crc32(rest), () => {}).then(() => mine.settle());
+  expect(await lost.catch(({ code }) => code)).toBe("bad_range");
+  mine.close();
+  await theirs.append(rest, Bun.hash.crc32(rest), () => {});
+  await theirs.settle();
+  expect(s3.keys).toEqual([`.reprise/put-${ID}`]);
+  expect(await others.apply([theirs])).toMatchObject([{ size: content.length }]);
 });
