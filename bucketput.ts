@@ -189,20 +189,33 @@ class BucketChanges implements Changes {
     const { bucket } = this.#shared;
     const { s3, prefix } = bucket;
     const isOld = (ms: number) => now - ms >= KEEP_MS;
+    const goneOnWith: string[] = [];
     let token: string | undefined;
     do {
       const page = await s3.list(`${prefix}.reprise/`, { token });
       for (const { key, modified } of page.objects) {
-        if (key === undefined || !isOld(Date.parse(modified))) continue;
+        if (key === undefined) continue;
         const id = key.split("/put-").pop()!;
+        if (!isOld(Date.parse(modified)) && isId(id)) goneOnWith.push(id);
+        if (!isOld(Date.parse(modified))) continue;
         // What cannot be removed keeps nothing else from it.
         await (isId(id) ? this.#forget(id) : s3.remove(key)).catch(() => {});
       }
       token = page.next;
     } while (token !== undefined);
+    let kept: Set<string> | undefined;
     for await (const { key, uploadId, begunMs } of s3.uploads(prefix)) {
-      if (key !== undefined && isOld(begunMs)) await s3.abortUpload(key, uploadId).catch(() => {});
+      if (key === undefined || !isOld(begunMs)) continue;
+      kept ??= await this.#uploadsOf(goneOnWith);
+      if (!kept.has(uploadId)) await s3.abortUpload(key, uploadId).catch(() => {});
     }
+  }
+
+  /** Begun long ago, perhaps, and gone on with since. */
+  async #uploadsOf(ids: string[]): Promise<Set<string>> {
+    const uploads = new Set<string>();
+    for (const id of ids) uploads.add((await readState(this.#shared.bucket, id))?.state.uploadId ?? "");
+    return uploads;
   }
 
   close(): void {}

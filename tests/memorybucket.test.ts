@@ -24,9 +24,11 @@ class MemoryS3 {
   readonly settings = { bucket: "memory" };
   readonly address = "memory";
   readonly objects = new Map<string, Held>();
-  readonly uploads = new Map<string, { key: string; parts: Map<number, Held> }>();
+  readonly parts = new Map<string, { key: string; parts: Map<number, Held> }>();
   puts = 0;
   begun = 0;
+  /** Of all uploads. */
+  begunMs = Date.now();
   /** Is called before each request, with its name and key. */
   before: (name: string, key: string) => void = () => {};
 
@@ -92,12 +94,16 @@ class MemoryS3 {
 
   async createUpload(key: string): Promise<string> {
     const id = `upload-${++this.begun}`;
-    this.uploads.set(id, { key, parts: new Map() });
+    this.parts.set(id, { key, parts: new Map() });
     return id;
   }
 
+  async *uploads() {
+    for (const [uploadId, { key }] of this.parts) yield { key, uploadId, begunMs: this.begunMs };
+  }
+
   async putPart(_key: string, id: string, number: number, content: Uint8Array): Promise<string> {
-    const upload = this.uploads.get(id);
+    const upload = this.parts.get(id);
     if (!upload) throw new S3Error("NoSuchUpload", 404, "no such upload");
     upload.parts.set(number, { content: content.slice(), etag: md5(content), mtime: undefined });
     return md5(content);
@@ -105,17 +111,17 @@ class MemoryS3 {
 
   async completeUpload(key: string, id: string, parts: Part[]): Promise<void> {
     this.before("complete", key);
-    const upload = this.uploads.get(id);
+    const upload = this.parts.get(id);
     if (!upload) throw new S3Error("NoSuchUpload", 404, "no such upload");
     const held = parts.map(({ number }) => upload.parts.get(number)!);
     const etags = Buffer.concat(held.map(({ etag }) => Buffer.from(etag, "hex")));
     const etag = `${md5(etags)}-${held.length}`;
     this.objects.set(key, { content: Buffer.concat(held.map(({ content }) => content)), etag, mtime: undefined });
-    this.uploads.delete(id);
+    this.parts.delete(id);
   }
 
   async abortUpload(_key: string, id: string): Promise<void> {
-    this.uploads.delete(id);
+    this.parts.delete(id);
   }
 }
 
@@ -238,7 +244,7 @@ test("an upload that the bucket has given up begins anew", async () => {
   const held = async () => (await Array.fromAsync(changes.sums(ID))).reduce((sum, { length }) => sum + length, 0);
   expect(await held()).toBe(8 * MIB);
   // By a rule of the bucket, for uploads that are not completed.
-  s3.uploads.clear();
+  s3.parts.clear();
   const rest = send(changes, { ...put, offset: 8 * MIB }, content.subarray(8 * MIB));
   expect(await rest.catch(({ code }) => code)).toBe("bad_range");
   expect(await held()).toBe(0);
@@ -266,4 +272,18 @@ test("an upload that another server has begun anew is left to that one", async (
   await theirs.settle();
   expect(s3.keys).toEqual([`.reprise/put-${ID}`]);
   expect(await others.apply([theirs])).toMatchObject([{ size: content.length }]);
+});
+
+test("an upload that was begun more than a week ago and gone on with since is not swept", async () => {
+  const { s3, changes } = setUp();
+  const content = Buffer.alloc(17 * MIB, "x");
+  const put = putOf("f", { id: ID, size: content.length });
+  const upload = await changes.receive(put, false);
+  await upload.append(content, Bun.hash.crc32(content), () => {});
+  await upload.settle();
+  const givenUp = await s3.createUpload("g");
+  s3.begunMs = Date.now() - 8 * 24 * 3600 * 1000;
+  await changes.sweep();
+  expect(s3.parts.has(givenUp)).toBe(false);
+  expect(await changes.apply([upload])).toMatchObject([{ size: content.length }]);
 });
