@@ -768,9 +768,12 @@ class BucketUpload implements Upload {
     try {
       await s3.completeUpload(this.#key, this.#uploadId, parts, conditions);
     } catch (error) {
-      if (!isLost(error)) throw error;
+      // A try before it may have done it, unheard.
+      const isRetried = isConflict(error) && error.isRetried;
+      if (!isLost(error) && !isRetried) throw error;
       const info = await s3.head(this.#key);
       if (info?.etag !== this.#etag) {
+        if (isRetried) throw error;
         await this.drop();
         throw inUse(this.request);
       }

@@ -287,3 +287,21 @@ test("an upload that was begun more than a week ago and gone on with since is no
   expect(s3.parts.has(givenUp)).toBe(false);
   expect(await changes.apply([upload])).toMatchObject([{ size: content.length }]);
 });
+
+test("an upload under a condition whose completion was not heard of is found to be there", async () => {
+  const { s3, changes } = setUp();
+  const content = Buffer.alloc(9 * MIB, "x");
+  const conflict = Object.assign(new S3Error("PreconditionFailed", 412, "it is there"), { isRetried: true });
+  const complete = s3.completeUpload.bind(s3);
+  s3.completeUpload = async (...args) => {
+    await complete(...args);
+    throw conflict;
+  };
+  const put = (path: string) => send(changes, putOf(path, { noClobber: true }), content);
+  expect(await changes.apply([await put("f")])).toMatchObject([{ size: content.length }]);
+  s3.completeUpload = async (key) => {
+    s3.set(key, "somebody else's");
+    throw conflict;
+  };
+  expect(await changes.apply([await put("g")])).toMatchObject([{ code: "exists" }]);
+});
