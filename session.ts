@@ -348,6 +348,7 @@ export class Session {
       if (!(error instanceof RepriseError)) throw error;
       // That may be right again in a moment.
       if (error.code === "failed") throw new RepriseError("busy");
+      if (error.code === "busy") throw error;
       throw await this.#denial();
     }
   }

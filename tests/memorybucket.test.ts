@@ -1,11 +1,14 @@
 /** A root on S3 against a bucket in memory: what else happens at just that moment, and what real engines do too rarely. */
 import { expect, setDefaultTimeout, test } from "bun:test";
+import { join } from "node:path";
 import { Bucket } from "../bucket.ts";
 import { openBucketChanges } from "../bucketput.ts";
 import type { Changes, Upload } from "../changes.ts";
 import { type Put, UNKNOWN_SIZE } from "../protocol.ts";
 import { type ListedObject, type ObjectInfo, type Part, type PutConditions, type S3, S3Error } from "../s3.ts";
-import { TEST_MS, waitFor } from "./fixtures.ts";
+import { addToken } from "../tokens.ts";
+import { startServer, TEST_MS, temporaryFolder, waitFor } from "./fixtures.ts";
+import { codeOf, Talk } from "./talk.ts";
 
 setDefaultTimeout(TEST_MS);
 
@@ -304,4 +307,24 @@ test("an upload under a condition whose completion was not heard of is found to 
     throw conflict;
   };
   expect(await changes.apply([await put("g")])).toMatchObject([{ code: "exists" }]);
+});
+
+test("whose token is for one folder is told to wait while the storage does not answer, and not denied", async () => {
+  const page = "<ListBucketResult><Contents><Key>one%2F</Key><Size>0</Size></Contents></ListBucketResult>";
+  let isThere = true;
+  await using storage = Bun.serve({
+    port: 0,
+    fetch: ({ method }) => new Response(page, { status: !isThere ? 503 : method === "HEAD" ? 404 : 200 }),
+  });
+  using folder = temporaryFolder();
+  const tokens = join(folder.path, "tokens");
+  const token = addToken(tokens, { name: "one", access: "read", folder: "one" });
+  const env = { AWS_ENDPOINT_URL: storage.url.origin, AWS_ACCESS_KEY_ID: "x", AWS_SECRET_ACCESS_KEY: "x" };
+  await using server = await startServer("s3://bucket", { args: ["--tokens", tokens], env });
+  const ask = async () => {
+    using talk = await Talk.to(server.port, token);
+    return await codeOf(talk.peer.ask({ action: "quit" }).then(() => talk.peer.expect("end")));
+  };
+  isThere = false;
+  expect(await ask()).toBe("busy");
 });
