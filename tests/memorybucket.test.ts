@@ -5,7 +5,7 @@ import { Bucket } from "../bucket.ts";
 import { openBucketChanges } from "../bucketput.ts";
 import type { Changes, Upload } from "../changes.ts";
 import { type Put, UNKNOWN_SIZE } from "../protocol.ts";
-import { type ListedObject, type ObjectInfo, type Part, type PutConditions, type S3, S3Error } from "../s3.ts";
+import { type ListedObject, type ObjectInfo, type Part, type PutConditions, S3, S3Error } from "../s3.ts";
 import { addToken } from "../tokens.ts";
 import { startServer, TEST_MS, temporaryFolder, waitFor } from "./fixtures.ts";
 import { codeOf, Talk } from "./talk.ts";
@@ -307,6 +307,16 @@ test("an upload under a condition whose completion was not heard of is found to 
     throw conflict;
   };
   expect(await changes.apply([await put("g")])).toMatchObject([{ code: "exists" }]);
+});
+
+test("a range that an engine gives of another version than it was asked for is not taken", async () => {
+  await using server = Bun.serve({
+    port: 0,
+    fetch: () => new Response("content", { status: 206, headers: { etag: '"new"' } }),
+  });
+  const s3 = new S3({ bucket: "b", region: "r", endpoint: server.url.origin, accessKeyId: "x", secretAccessKey: "x" });
+  expect(Buffer.from(await s3.read("f", "new", 0, 7)).toString()).toBe("content");
+  expect(await s3.read("f", "old", 0, 7).catch(({ code }) => code)).toBe("PreconditionFailed");
 });
 
 test("whose token is for one folder is told to wait while the storage does not answer, and not denied", async () => {
