@@ -765,14 +765,16 @@ class BucketUpload implements Upload {
       return { kind: "file", size: body.length, mtime, etag };
     }
     const parts = this.#parts.map((part, index) => ({ number: index + 1, etag: part!.etag }));
+    let etag = this.#etag;
     try {
-      await s3.completeUpload(this.#key, this.#uploadId, parts, conditions);
+      // Where objects are encrypted it does not follow from those of the parts.
+      etag = (await s3.completeUpload(this.#key, this.#uploadId, parts, conditions)) || etag;
     } catch (error) {
       // A try before it may have done it, unheard.
       const isRetried = isConflict(error) && error.isRetried;
       if (!isLost(error) && !isRetried) throw error;
       const info = await s3.head(this.#key);
-      if (info?.etag !== this.#etag) {
+      if (info?.etag !== etag) {
         if (isRetried) throw error;
         await this.drop();
         throw inUse(this.request);
@@ -782,8 +784,8 @@ class BucketUpload implements Upload {
     // Whoever asks what is held of it now learns that there is nothing, and looks under its name.
     if (this.#savedParts > 0) await s3.remove(stateKey(this.#shared.bucket, this.request.id)).catch(() => {});
     const info = await s3.head(this.#key);
-    if (info?.etag === this.#etag) return metaOf(info);
-    return { kind: "file", size: this.bytes, mtime, etag: this.#etag };
+    if (info?.etag === etag) return metaOf(info);
+    return { kind: "file", size: this.bytes, mtime, etag };
   }
 
   async #putWhole(body: Uint8Array, conditions: PutConditions): Promise<string> {
