@@ -40,7 +40,7 @@ type Environment = { [name: string]: string | undefined };
 export function parseCluster(text: string, environment: Environment = process.env): EtcdCluster {
   const match = /^(etcds?):\/\/(?:(.*)@)?([^@/]+)\/([^@/]*)\/?$/i.exec(text.trim());
   // Whoever reads the message is not to read a password.
-  const shown = quote(text.replace(/\/\/.*@/, "//…@"));
+  const shown = quote(text.replace(/^(\w+:\/\/)?.*@/s, "$1…@"));
   if (!match) throw usage(`--cluster takes etcd://HOST:PORT[,HOST:PORT…]/NAME, not ${shown}`);
   const [, scheme, login, hosts, name] = match as unknown as [string, string, string | undefined, string, string];
   if (!/^[A-Za-z0-9][\w.-]{0,63}$/.test(name))

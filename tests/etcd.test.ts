@@ -192,6 +192,8 @@ describe("parseCluster()", () => {
     };
     expect(message("etcd://ann:secret@h:x/n")).not.toContain("secret");
     expect(message("etcd://ann:secret@h/n/n")).not.toContain("secret");
+    expect(message("etcd:ann:secret@h/n")).not.toContain("secret");
+    expect(message("etcd://ann:secret\nsecret@h")).not.toContain("secret");
     expect(message("etcd://ann:secret@10.0.0.1/n")).toBe(
       "insecure: no password is sent in clear to another machine; use etcds://10.0.0.1…",
     );
