@@ -32,6 +32,7 @@ import {
   readSync,
   renameSync,
   type Stats,
+  statSync,
   unlinkSync,
   utimesSync,
   writeSync,
@@ -149,6 +150,7 @@ export class Cache {
   #evicting: Promise<void> | undefined;
   #written = 0;
   #isClosed = false;
+  #isOthers = false;
 
   private constructor(folder: string, options: CacheOptions) {
     this.#folder = folder;
@@ -166,8 +168,9 @@ export class Cache {
     const cache = new Cache(folder, options);
     try {
       cache.#makeFolders();
+      cache.#checkOwner();
       // The count may be from before a power cut, and what was used may be more than this server is to have.
-      cache.#makeRoom();
+      if (!cache.#isOthers) cache.#makeRoom();
     } catch (error) {
       cache.#pause(error);
     }
@@ -176,6 +179,7 @@ export class Cache {
 
   /** The same file, read by way of this cache. `name` says where it is; its etag and its size say which version. */
   wrap(name: string, origin: Origin): OpenFile {
+    if (this.#isOthers) return origin;
     return new CachedFile(this, hashOf(name, origin.meta), origin);
   }
 
@@ -373,6 +377,15 @@ export class Cache {
 
   #makeFolders(): void {
     mkdirSync(join(this.#folder, "new"), { recursive: true, mode: 0o700 });
+  }
+
+  /** Checksums tell what is damaged, and not what somebody else has put there. */
+  #checkOwner(): void {
+    for (const folder of [this.#folder, join(this.#folder, "new")]) {
+      const { uid, mode } = statSync(folder);
+      if ((mode & 0o022) !== 0 || (uid !== 0 && uid !== process.getuid!())) this.#isOthers = true;
+    }
+    if (this.#isOthers) this.#tell("others", "others may write there; files are read without it");
   }
 
   // ---------------------------------------------------------------------------------------------- room

@@ -1,6 +1,7 @@
 /** The cache on local disk: what it keeps, what it lets go, and that it never serves anything else than was fetched. */
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import {
+  chmodSync,
   closeSync,
   existsSync,
   fstatSync,
@@ -95,6 +96,18 @@ describe("what it keeps", () => {
     const third = await read(other.cache, "far/file", content);
     expect([third.fetched, first.reads + second.reads + third.reads]).toEqual([[], 0]);
     expect([...opened.said, ...other.said]).toEqual([]);
+  });
+
+  test("is not taken from a folder into which others may write", async () => {
+    using folder = temporaryFolder();
+    const content = randomBytes(1000);
+    await using before = openCache({ folder: folder.path });
+    await read(before.cache, "file", content);
+    chmodSync(folder.path, 0o777);
+    await using opened = openCache({ folder: folder.path });
+    const again = await read(opened.cache, "file", content);
+    expect([again.fetched, again.reads > 0]).toEqual([[], true]);
+    expect(opened.said).toEqual([expect.stringContaining("others may write there")]);
   });
 
   test("belongs to one version of one file", async () => {
