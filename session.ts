@@ -783,13 +783,12 @@ export class Session {
 
   async #sendChunk(file: OpenFile, offset: number, length: number): Promise<void> {
     const isForSendFile = this.#connection.canSendFile && length >= MIN_SENDFILE_BYTES;
-    const extent = isForSendFile ? await file.descriptorFor(offset, length) : undefined;
-    if (!extent) {
-      const content = await file.read(offset, length);
-      await this.#connection.send(encodeDataHeader(length, Bun.hash.crc32(content)));
-      return this.#connection.send(content);
-    }
-    await this.#connection.send(encodeDataHeader(length, await file.checksum(offset, length)));
+    if (!isForSendFile || !(await file.descriptorFor(offset, length))) return this.#sendRead(file, offset, length);
+    const crc32 = await file.checksum(offset, length);
+    // Only now: what was damaged may lie elsewhere by this time, and its descriptor be somebody else's.
+    const extent = await file.descriptorFor(offset, length);
+    if (!extent) return this.#sendRead(file, offset, length);
+    await this.#connection.send(encodeDataHeader(length, crc32));
     try {
       await this.#connection.sendFile(extent.fd, extent.offset, length);
     } catch (error) {
@@ -798,6 +797,12 @@ export class Session {
       throw error;
     }
     file.verify();
+  }
+
+  async #sendRead(file: OpenFile, offset: number, length: number): Promise<void> {
+    const content = await file.read(offset, length);
+    await this.#connection.send(encodeDataHeader(length, Bun.hash.crc32(content)));
+    return this.#connection.send(content);
   }
 
   async #list(path: string, recursive: boolean): Promise<void> {
