@@ -6,7 +6,7 @@
  * `.reprise/put-ID`, beneath the prefix, so that any server of the bucket goes on with it: for a week.
  *
  * S3 has no changes of several objects at once. A folder is removed and moved object by object, and a move is a copy and
- * a removal: who is cut in the middle does it again. Nothing is locked; where two want one name under a condition, S3
+ * a removal: who is cut in the middle has both. Nothing is locked; where two want one name under a condition, S3
  * decides (`If-None-Match`, `If-Match`), or a look just before where it knows no such thing for multipart uploads.
  */
 import { type Bucket, Budget, hasKeysBeneath, keyFor, MAX_KEY_BYTES, metaOf, textOfTime } from "./bucket.ts";

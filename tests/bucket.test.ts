@@ -185,6 +185,8 @@ describe.skipIf(noCeph !== undefined)("a bucket", () => {
     {
       using lost = await Talk.to(it.server.port);
       await lost.begin("f", content.subarray(0, 18 * MIB), options);
+      // The second part goes when there is more behind it.
+      await waitFor("two parts are held", async () => (await it.talk.peer.sums(ID, "")).length === 2);
     }
     await waitFor("the part that was cut short is held, too", async () => {
       const state = await it.s3.readAll(`${it.prefix}.reprise/put-${ID}`);
