@@ -593,6 +593,7 @@ class Keeper {
 
   #onJoined({ ledger, secret }: Extract<FromMaster, { kind: "joined" }>): void {
     this.#useLedger(ledger);
+    if (this.#quorum) this.#index.setFact("cluster", this.#quorum.cluster);
     // A log that this server had as a master would be brought back if it were one again.
     if (!this.#isStateless) for (const file of ["", "-wal", "-shm"]) rmSync(this.#ledgerPath + file, { force: true });
     this.#secret = String(this.#index.setFact("secret", secret));

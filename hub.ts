@@ -25,7 +25,7 @@ import { type Etags, isHidden } from "./storage.ts";
 import { Tokens } from "./tokens.ts";
 
 /** Where a server keeps what it knows of its cluster, in its root. */
-const INDEX = ".reprise/index.sqlite";
+export const INDEX = ".reprise/index.sqlite";
 export const LEDGER = ".reprise/ledger.sqlite";
 /** An etag of a file that the index knows: so much of its sha256. */
 const ETAG_DIGITS = 32;

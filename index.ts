@@ -243,6 +243,12 @@ export class IndexReader {
     return existsSync(path) ? new IndexReader(path) : undefined;
   }
 
+  /** The name of the ledger outside whose member the server was last; undefined for none. */
+  get cluster(): string | undefined {
+    const query = this.#db.query<{ value: string }, []>("SELECT value FROM facts WHERE name = 'cluster'");
+    return query.get()?.value;
+  }
+
   get(path: string): Known | undefined {
     const row = this.#get.get(path);
     return row ? { ...row, target: targetOf(row) } : undefined;

@@ -252,6 +252,10 @@ export class Quorum implements Above {
 
   // ------------------------------------------------------------------------------------------------ the others
 
+  get cluster(): string {
+    return this.#options.cluster.name;
+  }
+
   /** Those that are there and have files. */
   get equals(): Equal[] {
     return [...this.#equals.values()].filter(({ said }) => said.redirectOnly !== true);

@@ -45,6 +45,7 @@ import {
   type ForWorker,
   type FromWorker,
   Hub,
+  INDEX,
   KeeperHost,
   type KeeperSettings,
   LEDGER,
@@ -598,7 +599,21 @@ async function checkRoot({ root, writable, redirectOnly }: Omit<Settings, "worke
 /** Whether the ledger can be asked, and is for servers like this one. Throws `NotThere`. */
 async function checkCluster(cluster: string, { root, redirectOnly }: Omit<Settings, "worker">): Promise<void> {
   const { checkLedger } = await import("./quorum.ts");
-  await needed(() => checkLedger(cluster, redirectOnly ? undefined : storeOf(root)));
+  const store = redirectOnly ? undefined : storeOf(root);
+  if (store === FOLDER_STORE) await checkSameCluster(cluster, root);
+  await needed(() => checkLedger(cluster, store));
+}
+
+/** A name that was mistyped must not make one tree of two. */
+async function checkSameCluster(cluster: string, root: string): Promise<void> {
+  const [{ IndexReader }, { parseCluster }] = await Promise.all([import("./index.ts"), import("./etcd.ts")]);
+  const index = IndexReader.open(`${root}/${INDEX}`);
+  const before = index?.cluster;
+  index?.close();
+  const { name } = parseCluster(cluster);
+  if (before === undefined || before === name) return;
+  const advice = `to make its files part of ${quote(name)}, too, remove the .reprise in it`;
+  throw new NotThere(`${quote(root)} is of the cluster ${quote(before)}; ${advice}`);
 }
 
 async function needed(work: () => Promise<void>): Promise<void> {

@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { Etcd as EtcdClient, encoded, parseCluster, put } from "../etcd.ts";
 import { objectIn } from "../etcdkeys.ts";
 import { EtcdLedger, type LiveMember } from "../etcdledger.ts";
-import type { MemberStatus } from "../hub.ts";
+import type { ClusterState, MemberStatus } from "../hub.ts";
 import { encodeInfo } from "../protocol.ts";
 import { Quorum } from "../quorum.ts";
 import { addToken } from "../tokens.ts";
@@ -443,6 +443,21 @@ describe.skipIf(noEtcd !== undefined)("a server does not start, with status 1,",
     expect(status).toBe(2);
     expect(errors).toContain(text);
   });
+});
+
+test.skipIf(noEtcd !== undefined)("a root of one cluster is not made part of another by a mistyped name", async () => {
+  await using etcd = await startEtcd();
+  await using cluster = await startCluster({ replicas: 0, ledger: etcd.url("right"), files: { mine: "x" } });
+  const { master } = cluster;
+  const isMember = ({ role, problem }: ClusterState) => role === "member" && problem === undefined;
+  await waitFor("it is a member", async () => isMember(await master.status()));
+  await master.server.stop("SIGTERM");
+  const cmd = [process.execPath, join(HOME, "server.ts"), master.root, "--port", "0", "--writable"];
+  await using child = Bun.spawn({ cmd: [...cmd, "--cluster", etcd.url("wrong")], stdio: ["ignore", "ignore", "pipe"] });
+  const errors = await new Response(child.stderr).text();
+  expect([await child.exited, errors]).toEqual([1, expect.stringContaining('"right"')]);
+  await master.start();
+  await waitFor("it is a member again", async () => isMember(await master.status()));
 });
 
 test.skipIf(noEtcd !== undefined)(
