@@ -304,7 +304,7 @@ export class Placer {
     // Not fetched again and again up to where the disk is full, and small ones still find room.
     if (record.size - held > changes.freeBytes) {
       changes.forget(id);
-      throw new RepriseError("no_room", `no room for ${quote(record.path)} (${record.size} bytes)`);
+      throw new RepriseError("no_room", `no room on the server for ${quote(record.path)} (${record.size} bytes)`);
     }
     const target = new StagedTarget(changes, { ...this.#putOf(want), id, offset: held });
     try {
