@@ -8,6 +8,7 @@
  */
 import { Database, type Statement } from "bun:sqlite";
 import { randomUUID } from "node:crypto";
+import type { MaybePromise } from "./storage.ts";
 
 /** What a path is: a file's content, a folder, or nothing. */
 export interface Version {
@@ -57,9 +58,6 @@ export interface Stretch {
   /** It begins with nothing, since deletions are missing from the log before; `complete` with its last stretch. */
   snapshot?: "part" | "complete";
 }
-
-/** What one engine has at hand and another must wait for. */
-export type MaybePromise<T> = T | Promise<T>;
 
 /** What stretches are read from: the ledger, or what a member knows of it. */
 export interface Log {
