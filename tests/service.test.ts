@@ -293,7 +293,7 @@ if (!canBeOrdinary) console.log("skipped: the tests of an ordinary user need set
 function installForAll(): { path: string; program: [string, string] } & Disposable {
   const folder = temporaryFolder();
   for (const name of readdirSync(HOME)) {
-    if (/^[a-z]+\.ts$|^package\.json$/.test(name)) copyFileSync(join(HOME, name), join(folder.path, name));
+    if (/^[a-z0-9]+\.ts$|^package\.json$/.test(name)) copyFileSync(join(HOME, name), join(folder.path, name));
   }
   mkdirSync(join(folder.path, "node_modules"));
   for (const name of ["citty", "consola"]) {
