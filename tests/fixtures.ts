@@ -167,9 +167,25 @@ export interface ServerOptions {
   detached?: boolean;
 }
 
+/**
+ * A port that nobody has, below those that the kernel gives out by itself: so it is still there for who comes back to it,
+ * after all of a server's workers were killed, while other tests start servers of theirs.
+ */
+function freePort(): number {
+  for (;;) {
+    const port = 10_000 + Math.floor(Math.random() * 20_000);
+    try {
+      Bun.listen({ hostname: "127.0.0.1", port, socket: { data() {} } }).stop(true);
+      return port;
+    } catch {
+      // It is taken.
+    }
+  }
+}
+
 /** Starts the real server on `root` and returns when it listens. */
 export async function startServer(root: string, options: ServerOptions = {}): Promise<Server> {
-  const { args = [], env = {}, port = 0, cwd = HOME, runBy = [], detached = false } = options;
+  const { args = [], env = {}, port = freePort(), cwd = HOME, runBy = [], detached = false } = options;
   const { program = [process.execPath, join(HOME, "server.ts")] } = options;
   const child = Bun.spawn({
     cmd: [...runBy, ...program, root, "--port", String(port), "--workers", "2", "--log", "json", ...args],
