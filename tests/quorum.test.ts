@@ -70,7 +70,7 @@ describe.skipIf(noEtcd !== undefined)("three servers of one etcd", () => {
   });
 
   test("each sends clients to all in turn, itself among them, and whom it sends is answered there", async () => {
-    const rounds = 20;
+    const rounds = 8;
     for (const { server } of cluster.nodes) {
       const before = server.log.length;
       for (let count = 0; count < 3 * rounds; count++) {
@@ -85,7 +85,7 @@ describe.skipIf(noEtcd !== undefined)("three servers of one etcd", () => {
   });
 
   test("what is put through one is read from each at once", async () => {
-    for (let count = 0; count < 30; count++) {
+    for (let count = 0; count < 12; count++) {
       const node = cluster.nodes[count % 3]!;
       const content = `${count} by ${node.name}`;
       const put = await runClient(node.server.address, ["put", "-", "-t", "news"], { stdin: content });

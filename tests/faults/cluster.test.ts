@@ -13,7 +13,7 @@ import { type ChaosOptions, chaos } from "./cluster.ts";
 
 const { REPRISE_CLUSTER_SECONDS, REPRISE_CLUSTER_SEED } = process.env;
 const SECONDS = Number(REPRISE_CLUSTER_SECONDS ?? 120);
-const EQUALS_SECONDS = 45;
+const EQUALS_SECONDS = 25;
 const SEED = Number(REPRISE_CLUSTER_SEED ?? 1);
 /** For the start, and until all have come to rest. */
 const REST_MS = 300_000;
