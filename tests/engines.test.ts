@@ -13,6 +13,14 @@ if (noCeph) console.log(`skipped: the tests on Ceph: ${noCeph}`);
 
 const base64 = (text: string) => Buffer.from(text).toString("base64");
 
+/** What of etcd's answers is looked at. */
+interface Answer {
+  header?: { revision: string };
+  kvs?: { value: string }[];
+  token?: string;
+  error?: string;
+}
+
 async function ask(etcd: Etcd, member: number, path: string, body: object, token?: string) {
   const response = await fetch(`${etcd.endpoints[member]}/v3/${path}`, {
     method: "POST",
@@ -20,13 +28,12 @@ async function ask(etcd: Etcd, member: number, path: string, body: object, token
     ...(token && { headers: { authorization: token } }),
     ...(etcd.ca && { tls: { ca: Bun.file(etcd.ca) } }),
   });
-  // biome-ignore lint/suspicious/noExplicitAny: whatever etcd says.
-  return (await response.json()) as any;
+  return (await response.json()) as Answer;
 }
 
 async function readKey(etcd: Etcd, member: number, key: string): Promise<string | undefined> {
   const { kvs } = await ask(etcd, member, "kv/range", { key: base64(key), serializable: true });
-  return kvs && Buffer.from(kvs[0].value, "base64").toString();
+  return kvs && Buffer.from(kvs[0]!.value, "base64").toString();
 }
 
 describe.skipIf(noEtcd !== undefined)("etcd", () => {
@@ -81,7 +88,7 @@ describe.skipIf(noEtcd !== undefined)("etcd", () => {
     const put = { key: base64("a"), value: base64("1") };
     expect((await ask(etcd, 0, "kv/put", put)).error).toContain("user name is empty");
     const { token } = await ask(etcd, 0, "auth/authenticate", { name: "root", password: "guessed by nobody" });
-    expect((await ask(etcd, 0, "kv/put", put, token)).header.revision).toBe("2");
+    expect((await ask(etcd, 0, "kv/put", put, token)).header?.revision).toBe("2");
     expect((await ask(etcd, 0, "auth/authenticate", { name: "root", password: "?" })).error).toContain("invalid");
     await expect(fetch(`${etcd.endpoints[0]}/health`)).rejects.toThrow();
   });

@@ -812,6 +812,7 @@ function proxyOf(engine: Engine) {
   return proxy;
 }
 
+/** A wire that stalls for longer than a watch may be silent: the fault, not a wait for anything. */
 async function* slowed(body: ReadableStream<Uint8Array>): AsyncGenerator<Uint8Array> {
   let parts = 0;
   for await (const part of body as unknown as AsyncIterable<Uint8Array>) {
