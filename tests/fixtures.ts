@@ -258,13 +258,26 @@ export function isAlive(pid: number): boolean {
   return stat !== undefined && stat.state !== "Z";
 }
 
-/** As the kernel ends a process that takes too much. It may have gone by itself. */
-export function killHard(pid: number): void {
+/** Sends a signal to a process that may have gone by itself. */
+export function signal(pid: number, name: NodeJS.Signals): void {
   try {
-    process.kill(pid, "SIGKILL");
+    process.kill(pid, name);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error;
   }
+}
+
+/** As the kernel ends a process that takes too much. */
+export function killHard(pid: number): void {
+  signal(pid, "SIGKILL");
+}
+
+/** Kills all workers at once, and returns when as many others are there. */
+export async function killWorkers(server: Server): Promise<void> {
+  const before = server.workers();
+  before.forEach(killHard);
+  const areNew = () => server.workers().filter((pid) => !before.includes(pid)).length === before.length;
+  await waitFor("new workers", areNew);
 }
 
 function statOf(pid: number): { state: string; parent: number } | undefined {

@@ -51,6 +51,7 @@ import { addToken } from "../tokens.ts";
 import {
   HOME,
   isAlive,
+  killHard,
   makeRoot,
   runClient,
   type Server,
@@ -451,7 +452,7 @@ describe("a link", () => {
       const parts = readFileSync(`/proc/${pid}/environ`, "utf8").split("\0");
       const settings = parts.find((part) => part.startsWith("REPRISE_WORKER="));
       if (settings && JSON.parse(settings.slice("REPRISE_WORKER=".length)).worker === second.linked.worker)
-        process.kill(pid, "SIGKILL");
+        killHard(pid);
     }
     const ended = () => keepers.told[0]!.some(({ message }) => typeof message === "object" && "ended" in message);
     await waitFor("the worker has ended", ended);
@@ -913,7 +914,7 @@ test("STATUS says what the cluster is", async () => {
   });
   expect(JSON.stringify(info)).not.toContain("hidden");
   // A worker that is started later knows it too.
-  for (const pid of server.workers()) if (pid !== keepers.told[0]![0]!.pid) process.kill(pid, "SIGKILL");
+  for (const pid of server.workers()) if (pid !== keepers.told[0]![0]!.pid) killHard(pid);
   await waitFor(
     "workers are there again",
     async () => (await statusOf().catch(() => ({ role: "" }))).role === "replica",

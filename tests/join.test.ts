@@ -40,6 +40,7 @@ import {
   type RawConnection,
   runClient,
   type Server,
+  signal,
   spawnClient,
   startFakeServer,
   startServer,
@@ -68,8 +69,8 @@ const logged = (server: Server, event: string, status: string) =>
 const areLogged = (server: Server, event: string, status: string, lines = 1) =>
   waitFor(`${lines} of ${event} ${status}`, () => logged(server, event, status).length >= lines);
 
-function signalAll(pids: number[], signal: NodeJS.Signals): void {
-  for (const pid of pids) process.kill(pid, signal);
+function signalAll(pids: number[], name: NodeJS.Signals): void {
+  for (const pid of pids) signal(pid, name);
 }
 
 /** How a server sees one that has joined it. */

@@ -52,6 +52,7 @@ import {
   connectRaw,
   isAlive,
   killHard,
+  killWorkers,
   type LogLine,
   makeRoot,
   mountSmall,
@@ -474,16 +475,6 @@ async function feed(child: ReturnType<typeof spawnFedClient>, content: Uint8Arra
   if (end) await child.stdin.end();
 }
 
-/** Returns when there are new ones. */
-async function killWorkers(server: Server): Promise<void> {
-  const workers = server.workers();
-  for (const pid of workers) process.kill(pid, "SIGKILL");
-  await waitFor(
-    "new workers",
-    () => server.workers().filter((pid) => !workers.includes(pid)).length === workers.length,
-  );
-}
-
 const SIZE = 6 << 20;
 /** So far the server's part of it goes when it is cut, give or take a frame. */
 const CUT = SIZE / 2;
@@ -741,7 +732,7 @@ describe("resume", () => {
     const child = spawnClient(it.server.address, args);
     const isWhole = (name: string) => statSync(join(it.root, ".reprise", name)).size === size;
     await waitFor("all of it has come", () => staged(it).some(isWhole));
-    for (const pid of it.server.workers()) process.kill(pid, "SIGKILL");
+    await killWorkers(it.server);
     closeSync(lock);
     expect(await child.exited).toBe(0);
     expect(digestOf(there)).toBe(digestOf(file));

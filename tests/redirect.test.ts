@@ -34,6 +34,7 @@ import {
   randomBytes,
   runClient,
   type Server,
+  signal,
   spawnClient,
   spawnFedClient,
   startFakeServer,
@@ -637,14 +638,8 @@ describe("who is trusted", () => {
 // ---------------------------------------------------------------------------------------------------- failover
 
 /** To all that it runs. One that has gone needs none. */
-function signal(server: Server, name: NodeJS.Signals): void {
-  for (const pid of [server.process.pid, ...server.workers()]) {
-    try {
-      process.kill(pid, name);
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error;
-    }
-  }
+function signalAll(server: Server, name: NodeJS.Signals): void {
+  for (const pid of [server.process.pid, ...server.workers()]) signal(pid, name);
 }
 
 /** As a machine that loses its power: nothing is said, and nobody takes its place. */
@@ -675,9 +670,9 @@ async function startCluster(root: string, size: number, args: string[]) {
     /** One takes the place of the oldest, which dies; the master hears of it at once. Nothing comes meanwhile. */
     async replace() {
       const [oldest, ...others] = replicas;
-      for (const server of replicas) signal(server, "SIGSTOP");
+      for (const server of replicas) signalAll(server, "SIGSTOP");
       await add();
-      for (const server of others) signal(server, "SIGCONT");
+      for (const server of others) signalAll(server, "SIGCONT");
       replicas.shift();
       kill(oldest!);
       await oldest![Symbol.asyncDispose]();

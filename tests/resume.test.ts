@@ -16,6 +16,7 @@ import {
 import { join } from "node:path";
 import { PartFile, type ResumeLog } from "../resume.ts";
 import {
+  killWorkers,
   makeRoot,
   randomBytes,
   runClient,
@@ -127,9 +128,7 @@ describe("kill -9", () => {
     const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
     for (let killed = 0, bytes = 0; killed < 25; killed++) {
       bytes = await waitFor("bytes have come", () => (loggedBytes(it) > bytes ? loggedBytes(it) : 0));
-      const workers = it.server.workers();
-      for (const pid of workers) process.kill(pid, "SIGKILL");
-      await waitFor("new workers", () => it.server.workers().filter((pid) => !workers.includes(pid)).length === 2);
+      await killWorkers(it.server);
     }
     expect(await child.exited).toBe(0);
     expect((await new Response(child.stderr).text()).match(/trying again/g)!.length).toBeGreaterThanOrEqual(25);

@@ -16,6 +16,7 @@ import { encodeError, encodeMeta, type Meta, RepriseError } from "../protocol.ts
 import type { ResumeLog } from "../resume.ts";
 import {
   contentFrames,
+  killWorkers,
   makeRoot,
   randomBytes,
   runClient,
@@ -178,9 +179,7 @@ describe("killed in the middle", () => {
     const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder, "--segments", "4"]);
     for (let killed = 0, bytes = 0; killed < 3; killed++) {
       bytes = await waitFor("bytes have come", () => (heldBytes(readLog(it)) > bytes ? heldBytes(readLog(it)) : 0));
-      const workers = it.server.workers();
-      for (const pid of workers) process.kill(pid, "SIGKILL");
-      await waitFor("new workers", () => it.server.workers().filter((pid) => !workers.includes(pid)).length === 2);
+      await killWorkers(it.server);
     }
     expect(await child.exited).toBe(0);
     expect(isSame(it.file, big)).toBe(true);

@@ -10,6 +10,7 @@ import {
   connectRaw,
   HOME,
   isAlive,
+  killHard,
   makeRoot,
   randomBytes,
   residentBytes,
@@ -388,7 +389,7 @@ describe("signals", () => {
     const before = server.workers();
     const reader = client.stdout.getReader();
     let bytes = (await reader.read()).value?.length ?? 0;
-    for (const pid of before) process.kill(pid, "SIGKILL");
+    before.forEach(killHard);
     for (let part = await reader.read(); !part.done; part = await reader.read()) bytes += part.value.length;
     expect(bytes).toBe(3_000_000);
     expect(await client.exited).toBe(0);

@@ -26,6 +26,7 @@ import {
   type ClientOptions,
   connectRaw,
   HOME,
+  killWorkers,
   makeRoot,
   peakResidentBytes,
   randomBytes,
@@ -243,12 +244,6 @@ function heldBytes(it: Place): number {
   return Math.max(0, ...sizes);
 }
 
-async function killWorkers({ server }: Place): Promise<void> {
-  const before = server.workers();
-  for (const pid of before) process.kill(pid, "SIGKILL");
-  await waitFor("new workers", () => server.workers().filter((pid) => !before.includes(pid)).length === before.length);
-}
-
 describeTls("interrupted", () => {
   test("kill -9 of the client in downloads: goes on at the byte that the log names, which names tls://", async () => {
     await using it = await setUp(["--limit-rate", "16M"]);
@@ -305,7 +300,7 @@ describeTls("interrupted", () => {
     const child = it.spawn("get", "big");
     for (const bytes of [1 << 20, 6 << 20]) {
       await waitFor(`${bytes} bytes are logged`, () => (readLogs(it.folder)[0]?.bytes ?? 0) >= bytes);
-      await killWorkers(it);
+      await killWorkers(it.server);
     }
     expect(await child.exited).toBe(0);
     expect((await new Response(child.stderr).text()).match(/trying again/g)!.length).toBeGreaterThanOrEqual(2);
@@ -318,7 +313,7 @@ describeTls("interrupted", () => {
     const child = it.spawn("put", "big", "--limit-rate", "12M");
     for (const bytes of [1 << 20, 6 << 20]) {
       await waitFor(`${bytes} bytes are held`, () => heldBytes(it) >= bytes);
-      await killWorkers(it);
+      await killWorkers(it.server);
     }
     expect(await child.exited).toBe(0);
     expect(await sha256(join(it.root, "big"))).toBe(digest);
@@ -409,7 +404,7 @@ describeTls("interrupted", () => {
     child.stdin.write(content.subarray(0, half));
     await child.stdin.flush();
     await waitFor("some is held", () => heldBytes(it) > half / 2);
-    await killWorkers(it);
+    await killWorkers(it.server);
     child.stdin.write(content.subarray(half));
     await child.stdin.end();
     expect(await child.exited).toBe(0);

@@ -33,6 +33,8 @@ import {
   type Files,
   HOME,
   isAlive,
+  killHard,
+  killWorkers,
   type LogLine,
   makeRoot,
   peakResidentBytes,
@@ -419,14 +421,14 @@ describe("interrupted in the middle and run again", () => {
       await waitFor("a large file is on its way", () =>
         logsIn(it.local("t")).some(({ bytes }) => bytes > (killed + 1) * MIB),
       );
-      for (const pid of it.server.workers()) process.kill(pid, "SIGKILL");
+      await killWorkers(it.server);
     }
     expect(await down.exited).toBe(0);
     expect(await new Response(down.stderr).text()).toContain("trying again");
     expect(treeOf(it.local("t"))).toEqual(treeOf(it.root));
     const up = it.spawn("put", "-r", "t", "-d", "logs");
     await waitFor("a large file is on its way", () => logsIn(it.local("logs")).some(({ bytes }) => bytes > MIB));
-    for (const pid of it.server.workers()) process.kill(pid, "SIGKILL");
+    await killWorkers(it.server);
     expect(await up.exited).toBe(0);
     expect(treeOf(it.remote("t"))).toEqual(treeOf(it.local("t")));
     expect([...temporaries(it.root), ...temporaries(it.folder)]).toEqual([]);
@@ -1166,7 +1168,10 @@ describe("20 folders, with kill -9 of client, worker or parent at random points"
           await client.exited;
           client = start();
         } else if (victim === "worker") {
-          for (const pid of server.workers().slice(0, 1 + Math.floor(random() * 2))) process.kill(pid, "SIGKILL");
+          server
+            .workers()
+            .slice(0, 1 + Math.floor(random() * 2))
+            .forEach(killHard);
         } else {
           const workers = server.workers();
           await server.stop("SIGKILL");

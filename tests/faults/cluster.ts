@@ -30,7 +30,17 @@ import {
 import { dirname, join } from "node:path";
 import { type Cluster, type Node, startCluster } from "../clusters.ts";
 import { type Etcd, startEtcd } from "../engines.ts";
-import { isAlive, killHard, mountSmall, type Server, seeded, temporaryFolder, treeOf, waitFor } from "../fixtures.ts";
+import {
+  isAlive,
+  killHard,
+  mountSmall,
+  type Server,
+  seeded,
+  signal,
+  temporaryFolder,
+  treeOf,
+  waitFor,
+} from "../fixtures.ts";
 import { filesToRead, Reader } from "./readers.ts";
 import { ClientWriter, digestOf, FileWriter, foldersFor, History, type World } from "./writers.ts";
 
@@ -468,12 +478,12 @@ class Chaos implements World {
 }
 
 async function stopFor(pids: number[], ms: number): Promise<void> {
-  const signal = (name: "SIGSTOP" | "SIGCONT") => {
-    for (const pid of pids) if (isAlive(pid)) process.kill(pid, name);
+  const signalAll = (name: "SIGSTOP" | "SIGCONT") => {
+    for (const pid of pids) signal(pid, name);
   };
-  signal("SIGSTOP");
+  signalAll("SIGSTOP");
   await Bun.sleep(ms);
-  signal("SIGCONT");
+  signalAll("SIGCONT");
 }
 
 function isKeeper(pid: number): boolean {

@@ -18,7 +18,16 @@
 import { mkdirSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { join } from "node:path";
 import { Remote } from "../../remote.ts";
-import { isAlive, residentBytes, type Server, seeded, startServer, temporaryFolder, waitFor } from "../fixtures.ts";
+import {
+  isAlive,
+  killHard,
+  residentBytes,
+  type Server,
+  seeded,
+  startServer,
+  temporaryFolder,
+  waitFor,
+} from "../fixtures.ts";
 import { count, fillRoot, Lane, Versions, verifyServed, type World } from "./lane.ts";
 import { type Faults, startProxy, type Wire } from "./proxy.ts";
 
@@ -194,7 +203,7 @@ class Soak implements World {
     else {
       const workers = this.#server.workers();
       const chosen = victim === "worker" ? workers.slice(lane % 2).slice(0, 1) : workers;
-      for (const pid of chosen) process.kill(pid, "SIGKILL");
+      chosen.forEach(killHard);
     }
     await waitFor("there is service again", () => this.#answers());
     this.#took(victim, performance.now() - killedAt);
@@ -291,7 +300,7 @@ class Soak implements World {
   }
 
   #killRest(): void {
-    for (const pid of this.#orphans()) process.kill(pid, "SIGKILL");
+    this.#orphans().forEach(killHard);
   }
 
   #orphans(): number[] {
