@@ -15,7 +15,18 @@
  * As a library: `Remote`, with a method for each action; importing this file starts nothing.
  */
 import { basename, join } from "node:path";
-import { type Args, type Command, command, isTerminal, numberOption, print, runScript, say, usage } from "./command.ts";
+import {
+  type Args,
+  type Command,
+  command,
+  isTerminal,
+  numberOption,
+  print,
+  printable,
+  runScript,
+  say,
+  usage,
+} from "./command.ts";
 import {
   type Context,
   common,
@@ -31,7 +42,7 @@ import { version } from "./package.json";
 import { type Entry, quote, RepriseError, toJson } from "./protocol.ts";
 import { parseServers, Remote } from "./remote.ts";
 import { MAX_SEGMENTS } from "./resume.ts";
-import { getOne, jsonEntry, lookAt, putOne, resumeAll } from "./transfer.ts";
+import { FolderLog, getOne, jsonEntry, lookAt, putOne, resumeAll } from "./transfer.ts";
 import type { LocalRoot, RemoteRoot, Tally, TreeOptions } from "./tree.ts";
 
 export { parseServers, Remote };
@@ -141,8 +152,11 @@ const put = command({
     };
     if (settings.expected !== undefined && files[0] !== "-") throw usage("--size is about standard input");
     if (files[0] === "-" && (target === undefined || target.endsWith("/"))) throw usage("put - needs -t NAME");
-    const isFolder = files.length > 1 || (await namesFolder(context, target));
     const path = resolveRemote(context.folder, target ?? "");
+    const log = new FolderLog(settings.directory, files[0]!, path, context.server);
+    const goesOn = isTree && files.length === 1 && target !== undefined && log.isThere;
+    if (goesOn) say("info", `going on with ${printable(files[0]!)} as ${printable(path)}`);
+    const isFolder = !goesOn && (files.length > 1 || (await namesFolder(context, target)));
     if (files[0] === "-" && isFolder) throw new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);
     if (files.length === 1 && !(isTree && lookAt(files[0]!)?.isDirectory())) {
       const [file] = files as [string];
@@ -151,7 +165,8 @@ const put = command({
     const roots: LocalRoot[] = files.map((file) => ({ file, name: isFolder ? nameOf(file) : "" }));
     checkTwins(roots.map(({ file, name }) => ({ source: file, destination: remoteJoin(path, name) })));
     const { putAll } = await import("./treeput.ts");
-    await finish(putAll(context, roots, path, { ...TREE, ...settings, recursive: isTree }));
+    const run = () => putAll(context, roots, path, { ...TREE, ...settings, recursive: isTree });
+    await finish(isFolder ? run() : log.around(run));
   }),
 });
 

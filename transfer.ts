@@ -2,7 +2,7 @@
  * One file in either direction, as the commands do it: whole or resumed, with its log, its progress line and what is
  * printed of it.
  */
-import { closeSync, mkdirSync, open, readdirSync, rmdirSync, type Stats, statSync } from "node:fs";
+import { closeSync, mkdirSync, open, readdirSync, rmdirSync, type Stats, statSync, writeFileSync } from "node:fs";
 import { basename, join, resolve } from "node:path";
 import { formatSize, isoTime, print, printable, say, showsProgress, usage } from "./command.ts";
 import { type Context, forEach, interruption, isInterruption } from "./context.ts";
@@ -374,6 +374,22 @@ export function newId(): string {
 /** Folders that were made for logs, and go with the last of them. */
 const madeFolders = new Set<string>();
 
+function makeLogs(directory: string): void {
+  if (lookAt(directory)) return;
+  mkdirSync(directory, { recursive: true });
+  madeFolders.add(directory);
+}
+
+function tidyLogs(directory: string): void {
+  if (madeFolders.has(directory) && readdirSync(directory).length === 0) rmdirSync(directory);
+}
+
+/** An upload is told from others by what it sends, and to where. */
+function nameOfLog(directory: string, file: string, path: string, server: string, suffix: string): string {
+  const hash = Bun.hash.xxHash64(`${resolve(file)}\0${server}\0${path}`).toString(16);
+  return join(directory, `${[...basename(file)].slice(0, 50).join("")}.${hash}${suffix}`);
+}
+
 type LogSettings = Pick<PutSettings, "directory" | "noClobber"> & Partial<Pick<PutSettings, "etag">>;
 
 /** The JSON log of an upload, in the folder where `resume` looks for it. */
@@ -386,15 +402,13 @@ export class UploadLog {
   #savedAt = 0;
 
   constructor({ directory, noClobber, etag = "" }: LogSettings, file: string, path: string, server: string) {
-    const whole = resolve(file);
-    const hash = Bun.hash.xxHash64(`${whole}\0${server}\0${path}`).toString(16);
     this.#directory = directory;
-    this.#name = join(directory, `${[...basename(file)].slice(0, 50).join("")}.${hash}.put${LOG_SUFFIX}`);
+    this.#name = nameOfLog(directory, file, path, server, `.put${LOG_SUFFIX}`);
     this.#log = {
       command: "put",
       path,
       server,
-      file: whole,
+      file: resolve(file),
       id: newId(),
       etag: "",
       size: 0,
@@ -451,15 +465,12 @@ export class UploadLog {
     // A killed process has left its lock behind, or another is at work.
     if (this.#lock === undefined && lookAt(this.#name + LOCK_SUFFIX)) this.#lock = lockOf(this.#name);
     this.#letGo();
-    if (madeFolders.has(this.#directory) && readdirSync(this.#directory).length === 0) rmdirSync(this.#directory);
+    tidyLogs(this.#directory);
   }
 
   #takeLock(): void {
     try {
-      if (!lookAt(this.#directory)) {
-        mkdirSync(this.#directory, { recursive: true });
-        madeFolders.add(this.#directory);
-      }
+      makeLogs(this.#directory);
       this.#lock ??= openLocked(this.#name + LOCK_SUFFIX);
     } catch (error) {
       const file = quote(this.#log.file!);
@@ -485,6 +496,59 @@ export class UploadLog {
     this.#savedAt = performance.now();
   }
 }
+
+/**
+ * Stands, until a folder is on the server, for its having been put under a name that was free: whoever types the same
+ * command again after an interruption finds a folder of that name there, and does not mean to put another into it.
+ */
+export class FolderLog {
+  readonly #name: string;
+  readonly #directory: string;
+  readonly #log: { command: "put -r"; path: string; server: string; file: string };
+
+  constructor(directory: string, file: string, path: string, server: string) {
+    this.#directory = directory;
+    this.#name = nameOfLog(directory, file, path, server, ".put-r.json");
+    this.#log = { command: "put -r", path, server, file: resolve(file) };
+  }
+
+  get isThere(): boolean {
+    return lookAt(this.#name) !== undefined;
+  }
+
+  /** Runs `work` with the log there, if it can be kept, and leaves it if something of the folder may have come. */
+  async around<T>(work: () => Promise<T>): Promise<T> {
+    this.#write();
+    try {
+      const result = await work();
+      this.#remove();
+      return result;
+    } catch (error) {
+      if (error instanceof RepriseError && NOTHING_DONE.has(error.code)) this.#remove();
+      throw error;
+    }
+  }
+
+  #write(): void {
+    try {
+      makeLogs(this.#directory);
+      writeFileSync(this.#name, `${JSON.stringify(this.#log)}\n`);
+    } catch (error) {
+      const code = (error as NodeJS.ErrnoException).code;
+      const { file, path } = this.#log;
+      const then = `if this is interrupted, go on with sync --up ${quote(path)} ${quote(file)}`;
+      say("warn", `no log can be kept in ${quote(this.#directory)} (${code}); ${then}`);
+    }
+  }
+
+  #remove(): void {
+    removeIfThere(this.#name);
+    tidyLogs(this.#directory);
+  }
+}
+
+/** Errors that a server gives to all of a command. */
+const NOTHING_DONE: ReadonlySet<string> = new Set(["read_only", "denied"]);
 
 function lockOf(log: string): number | undefined {
   try {

@@ -414,6 +414,39 @@ describe("interrupted in the middle and run again", () => {
     expect(resumed.length).toBeGreaterThan(0);
   });
 
+  test.each([
+    ["SIGINT", 130],
+    ["SIGKILL", 137],
+  ] as const)("put -r -t NAME by %s: the same command goes on as that name, not into it", async (signal, status) => {
+    await using it = await setUp({}, SLOW);
+    writeTree(it.local("t"), bigTree);
+    const child = it.spawn("put", "-r", "t", "-t", "new");
+    await waitFor("some of it is there", () => existsSync(it.remote("new/a")));
+    child.kill(signal);
+    expect(await child.exited).toBe(status);
+    const again = await it.run("put", "-r", "t", "-t", "new");
+    expect([again.status, again.errors]).toEqual([0, "going on with t as new\n"]);
+    expect(treeOf(it.remote("new"))).toEqual(treeOf(it.local("t")));
+    expect(readdirSync(it.local("client_root"))).toEqual([]);
+    // Done, it is a folder as any other.
+    expect(await it.run("put", "-r", "t", "-t", "new")).toMatchObject({ status: 0, errors: "" });
+    expect(treeOf(it.remote("new/t"))).toEqual(treeOf(it.local("t")));
+  });
+
+  test("put -r -t NAME that the server refuses as a whole leaves no log, and one without room for a log says so", async () => {
+    await using it = await setUp({});
+    writeTree(it.local("t"), { f: "1" });
+    await using readOnly = await startServer(it.root);
+    const run = (address: string, ...args: string[]) =>
+      runClient(address, ["put", "-r", "t", "-t", ...args], { cwd: it.folder });
+    expect(await run(readOnly.address, "new")).toMatchObject({ status: 4 });
+    expect(readdirSync(it.folder)).toEqual(["t"]);
+    const done = await run(it.server.address, "new", "-d", it.local("t/f"));
+    expect(done.status).toBe(0);
+    expect(done.errors).toContain("no log can be kept");
+    expect(treeOf(it.remote("new"))).toEqual(treeOf(it.local("t")));
+  });
+
   test("a worker killed in the middle: get -r and put -r go on by themselves", async () => {
     await using it = await setUp(bigTree, SLOW);
     const down = it.spawn("get", "-r", "/", "-d", "t");
