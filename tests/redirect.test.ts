@@ -49,6 +49,8 @@ setDefaultTimeout(TEST_MS);
 
 const MIB = 1024 * 1024;
 const HOST = "127.0.0.1";
+/** Where nobody listens: of the ports that the kernel gives out, any may be another test's a moment later. */
+const DEAD_PORT = 1;
 const ONCE = ["--retries", "0"];
 const isDirect = ({ flags }: { flags: number }) => (flags & DIRECT) !== 0;
 const to = (port: number) => [encodeRedirect(HOST, port)];
@@ -346,7 +348,7 @@ describe("get -r and sync", () => {
 
   test("nobody is there: those files fail, each with its line, after all attempts; the others have come", async () => {
     using folder = temporaryFolder();
-    const dead = deadPort();
+    const dead = DEAD_PORT;
     using server = startLister(many, (path) => (numberOf(path) % (COUNT / 2) === 7 ? dead : undefined));
     const args = ["get", "-r", "d", "-o", "got", "--retries", "2"];
     const run = await runClient(server.address, args, { cwd: folder.path });
@@ -397,13 +399,6 @@ describe("get -r and sync", () => {
     expectAll(join(folder.path, "d"), files);
   });
 });
-
-/** Where nobody listens. */
-function deadPort(): number {
-  const listener = Bun.listen({ hostname: HOST, port: 0, socket: { data() {} } });
-  listener.stop(true);
-  return listener.port;
-}
 
 // ---------------------------------------------------------------------------------------------------- what is not followed
 
@@ -483,7 +478,7 @@ describe("what is not followed", () => {
 
   test("to nobody: tried as often as --retries says, each time by way of the server that was named", async () => {
     using folder = temporaryFolder();
-    using server = startSender(deadPort());
+    using server = startSender(DEAD_PORT);
     const run = await runClient(server.address, ["get", "f", "-d", folder.path, "--retries", "2"]);
     expect(run.status).toBe(8);
     expect(run.errors).toContain("nothing listens there (given up after 2 retries)");
@@ -790,7 +785,7 @@ describe("a replica dies", () => {
   ])("--server a,b: %s", async (_, isDead) => {
     using root = makeRoot({ small: "content" });
     await using server = await startServer(root.path);
-    const dead = deadPort();
+    const dead = DEAD_PORT;
     using first = startMaster(() => [dead]);
     using second = startMaster(() => [server.port]);
     const servers = isDead ? `${HOST}:${dead},${second.address}` : `${first.address},${second.address}`;
@@ -904,7 +899,7 @@ describe("changes in a cluster", () => {
 
   test("a move whose answer was lost is done when its new name is there, be it at another", async () => {
     using server = startForgetful((request) =>
-      request.action === "stat" ? to(deadPort()) : [encodeError(new RepriseError("not_found"))],
+      request.action === "stat" ? to(DEAD_PORT) : [encodeError(new RepriseError("not_found"))],
     );
     expect(await runClient(server.address, ["mv", "a", "b"])).toMatchObject({ status: 0 });
     expect(server.requests.at(-1)).toEqual({ action: "stat", path: "b" });
@@ -925,7 +920,7 @@ describe("changes in a cluster", () => {
         ? [encodeMeta(meta)]
         : [encodeSum(content.length, Bun.hash.crc32(content)), encodeEnd(content.length)],
     );
-    const port = isThere ? holder.port : deadPort();
+    const port = isThere ? holder.port : DEAD_PORT;
     using server = startForgetful((request) => (request.action === "stat" ? to(port) : [encodeMeta(meta)]));
     const run = await runClient(server.address, ["put", file, "--json"]);
     expect([run.status, JSON.parse(run.output)]).toMatchObject([0, { path: "f", etag: "v1" }]);
