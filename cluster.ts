@@ -50,6 +50,7 @@ import {
   LINK_VERSION,
   type Proposed,
   readFromMember,
+  UNKNOWN,
   Up,
 } from "./link.ts";
 import { log, logBug, logRefusal } from "./log.ts";
@@ -460,7 +461,7 @@ class Keeper {
     // What was found is given to the ledger at the end of this turn.
     await new Promise((resolve) => setImmediate(resolve));
     this.#hasLooked = true;
-    for (const down of this.#downs.values()) if (!down.isLive) down.target = this.#log.revision;
+    for (const { standing } of this.#downs.values()) if (!standing.isWaitedFor) standing.target = this.#log.revision;
   }
 
   #propose(proposed: Proposed): void {
@@ -659,7 +660,7 @@ class Keeper {
   }
 
   get #known(): number {
-    const below = [...this.#downs.values()].filter(({ isLive }) => isLive).map(({ known }) => known);
+    const below = [...this.#downs.values()].filter(({ isWaitedFor }) => isWaitedFor).map(({ known }) => known);
     return Math.min(this.#state.cursor, ...below);
   }
 
@@ -717,8 +718,7 @@ class Keeper {
     if (old) this.#unlinkDown(old, new RepriseError("busy", "it has joined again"));
     this.#becomeMaster();
     // What is here and not yet in the ledger is missing there.
-    const target = this.#hasLooked ? this.#log.revision : Number.POSITIVE_INFINITY;
-    const down = new Down({ worker, id, node: join.node, address, target });
+    const down = new Down({ worker, id, node: join.node, address }, this.#hasLooked ? this.#log.revision : UNKNOWN);
     this.#downs.set(join.node, down);
     this.#gone.delete(join.node);
     log(this.#logSettings, { event: "member", peer: address, status: "joined" });
@@ -802,17 +802,7 @@ class Keeper {
   #onAlive(down: Down, message: Extract<FromMember, { kind: "alive" }>): void {
     const wasLive = down.isLive;
     const wasBehind = down.revision;
-    Object.assign(down, {
-      // Nobody has received what was not sent: at the start of a snapshot, a member still speaks of what it had before.
-      received: Math.min(message.received, down.sent ?? 0),
-      known: message.known,
-      revision: message.revision,
-      nodes: message.nodes,
-      problem: message.problem,
-    });
-    // What a member cannot have does not keep it from the rest: for that it sends clients on.
-    const reached = message.problem === undefined ? down.revision : down.known;
-    down.isLive ||= reached >= down.target;
+    down.hear(message, this.#log.revision);
     if (down.isLive !== wasLive) {
       log(this.#logSettings, { event: "member", peer: down.address, status: "live" });
       this.#publish();
@@ -869,7 +859,7 @@ class Keeper {
     this.#ledger?.join({ node, address, revision });
   }
 
-  /** Waits until all live members know of a revision; one that goes is waited for no more. */
+  /** Waits until all who are to be waited for know of a revision; one that goes is waited for no more. */
   readonly #waitingForKnown: { revision: number; resolve: () => void }[] = [];
   #knownBelow(revision: number): Promise<void> {
     const { promise, resolve } = Promise.withResolvers<void>();
@@ -879,7 +869,8 @@ class Keeper {
   }
 
   #wakeKnown(): void {
-    const known = Math.min(...[...this.#downs.values()].filter(({ isLive }) => isLive).map(({ known }) => known));
+    const waitedFor = [...this.#downs.values()].filter(({ isWaitedFor }) => isWaitedFor);
+    const known = Math.min(...waitedFor.map(({ known }) => known));
     while (this.#waitingForKnown[0] && this.#waitingForKnown[0].revision <= known)
       this.#waitingForKnown.shift()!.resolve();
   }
@@ -890,7 +881,7 @@ class Keeper {
     for (const down of this.#downs.values()) {
       if (now - down.heardAt > LEASE_MS) this.#unlinkDown(down, new RepriseError("idle", "nothing was heard for 5 s"));
       else {
-        if (down.isStuck(revision, now)) this.#leaveOut(down);
+        if (down.standing.isStuck(revision, now)) this.#leaveOut(down);
         const chain = [...(this.#up?.chain ?? []), this.#node];
         this.#say(down.worker, down.id, { kind: "alive", revision, chain, nodes: this.#nodes });
       }
@@ -902,8 +893,7 @@ class Keeper {
 
   /** It is there, and takes nothing in: nobody waits for it, and no client is sent there, until it has caught up. */
   #leaveOut(down: Down): void {
-    down.isLive = false;
-    down.target = this.#log.revision;
+    down.standing.leaveOut(this.#log.revision);
     log(this.#logSettings, { event: "member", peer: down.address, status: "behind" });
     this.#wakeKnown();
     this.#publish();

@@ -19,6 +19,8 @@ import { isHidden } from "./storage.ts";
 export const LINK_VERSION = 1;
 /** Who has not been heard for so long has gone. */
 export const LEASE_MS = 5_000;
+/** What somebody has to know, as long as that is not known here; nobody knows that much. */
+export const UNKNOWN = Number.POSITIVE_INFINITY;
 /** A server lets who has the wrong token wait for its answer, up to ten seconds. */
 const REFUSAL_MS = 15_000;
 /** Who is called has to answer so soon: the one who wants to join waits for what comes of it, for LEASE_MS. */
@@ -132,17 +134,49 @@ export async function keepJoined(
   }
 }
 
-/** Whether somebody who says how much it knows of the log comes further. */
-export class Progress {
-  #known = -1;
+/**
+ * Whether a member is waited for, and whether clients are sent to it. A change is acknowledged once all who are waited for
+ * know of it, and clients are sent to who knows all that was acknowledged: what came while it was not waited for, too. So a
+ * member that comes, or comes back, is waited for first, and is live once it knows what there was at that moment.
+ */
+export class Standing {
+  isWaitedFor = false;
+  isLive = false;
+  /** What it has to reach before it is waited for. */
+  target: number;
+  /** What may have been acknowledged without it. */
+  #missed = UNKNOWN;
+  #known = 0;
+  #knownBefore = -1;
   #movedAt = performance.now();
 
-  /** Whether it is behind a revision and has come no further for a lease; to be asked once a second. */
-  isStuck(known: number, revision: number, now: number): boolean {
-    const isMoving = known >= revision || known !== this.#known;
+  constructor(target: number) {
+    this.target = target;
+  }
+
+  /** It knows so much of the log, and has reached so much of its target; `revision`: what may have been acknowledged. */
+  hear(known: number, reached: number, revision: number): void {
     this.#known = known;
+    if (!this.isWaitedFor && reached < this.target) return;
+    this.isWaitedFor = true;
+    if (this.#missed === UNKNOWN) this.#missed = revision;
+    this.isLive ||= known >= this.#missed;
+  }
+
+  /** It is neither waited for nor live, until it has reached that much. */
+  leaveOut(target: number): void {
+    this.isWaitedFor = false;
+    this.isLive = false;
+    this.target = target;
+    this.#missed = UNKNOWN;
+  }
+
+  /** Whether it is waited for, is behind a revision and has come no further for a lease; to be asked once a second. */
+  isStuck(revision: number, now: number): boolean {
+    const isMoving = this.#known >= revision || this.#known !== this.#knownBefore;
+    this.#knownBefore = this.#known;
     if (isMoving) this.#movedAt = now;
-    return now - this.#movedAt > LEASE_MS;
+    return this.isWaitedFor && now - this.#movedAt > LEASE_MS;
   }
 }
 
@@ -155,9 +189,8 @@ export class Down {
   readonly id: number;
   readonly node: string;
   readonly address: string;
-  /** What it has to have before clients are sent to it. */
-  target: number;
-  isLive = false;
+  /** Its target is what it has to have in its tree. */
+  readonly standing: Standing;
   heardAt = performance.now();
   /** As it says: see `alive`. */
   received = 0;
@@ -170,19 +203,29 @@ export class Down {
   isBeginning = false;
   isWithinSnapshot = false;
 
-  constructor(from: Pick<Down, "worker" | "id" | "node" | "address" | "target">) {
+  constructor(from: Pick<Down, "worker" | "id" | "node" | "address">, target: number) {
     this.worker = from.worker;
     this.id = from.id;
     this.node = from.node;
     this.address = from.address;
-    this.target = from.target;
+    this.standing = new Standing(target);
   }
 
-  readonly #progress = new Progress();
+  get isLive(): boolean {
+    return this.standing.isLive;
+  }
 
-  /** Whether it is behind a revision and has come no further for a lease. */
-  isStuck(revision: number, now: number): boolean {
-    return this.#progress.isStuck(this.known, revision, now) && this.isLive;
+  get isWaitedFor(): boolean {
+    return this.standing.isWaitedFor;
+  }
+
+  /** It says how far it is, where the log has come to a revision. */
+  hear({ received, known, revision, nodes, problem }: Alive, newest: number): void {
+    // Nobody has received what was not sent: at the start of a snapshot, a member still speaks of what it had before.
+    this.received = Math.min(received, this.sent ?? 0);
+    Object.assign(this, { known, revision, nodes, problem });
+    // What a member cannot have does not keep it from the rest: for that it sends clients on.
+    this.standing.hear(known, problem === undefined ? revision : known, newest);
   }
 
   begin(after: number): void {

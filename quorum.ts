@@ -11,15 +11,13 @@ import { Etcd, type EtcdCluster, parseCluster } from "./etcd.ts";
 import { EtcdLedger, type LiveMember } from "./etcdledger.ts";
 import { FOLDER_STORE, type MemberStatus } from "./hub.ts";
 import type { Decision, Member } from "./ledger.ts";
-import { type Above, type Alive, type FromMaster, keepJoined, Progress, type Proposed } from "./link.ts";
+import { type Above, type Alive, type FromMaster, keepJoined, type Proposed, Standing, UNKNOWN } from "./link.ts";
 import { RepriseError } from "./protocol.ts";
 
 /** An equal that could not be reached is tried again after that. */
 const CHECK_RETRY_MS = 2_000;
 /** And so is one of which nothing was heard for so long, a beat or two: it has gone, while its lease goes on. */
 const SILENT_MS = 2_500;
-/** What somebody has to know, as long as not all of the log is here; nobody knows that much. */
-const UNKNOWN = Number.POSITIVE_INFINITY;
 
 interface QuorumOptions {
   cluster: EtcdCluster;
@@ -46,17 +44,12 @@ interface QuorumOptions {
 class Equal {
   readonly node: string;
   said: LiveMember;
-  /** What it has to know before clients are sent to it; undefined until it says that it is live. */
-  target: number | undefined;
-  /** It has known that much. */
-  hasCaughtUp = false;
-  /** It does not take in what is new: nobody waits for it. */
-  isLeftOut = false;
+  /** Where it was left out, its target is what it has to know. */
+  readonly standing = new Standing(0);
   /** Why it cannot be reached; undefined where it can. */
   unreached: string | undefined = "not reached yet";
   checkedAt = Number.NEGATIVE_INFINITY;
   heardAt = performance.now();
-  readonly progress = new Progress();
   /** By which this one was told of it. */
   readonly ledger: EtcdLedger | undefined;
 
@@ -82,16 +75,20 @@ class Equal {
     return this.unreached ?? this.said.problem;
   }
 
-  get isReached(): boolean {
-    return this.target !== undefined && this.said.known >= this.target;
-  }
-
   get isWaitedFor(): boolean {
-    return this.said.live && !this.isLeftOut;
+    return this.standing.isWaitedFor;
   }
 
   get state(): MemberStatus["state"] {
-    return this.isWaitedFor && this.hasCaughtUp && this.unreached === undefined ? "live" : "joining";
+    return this.standing.isLive && this.unreached === undefined ? "live" : "joining";
+  }
+
+  /** It has said something, where the log has come to a revision, or where that is not known. */
+  hear(said: LiveMember, newest: number): void {
+    this.said = said;
+    // Whether it has what there was in its tree it sees by itself.
+    if (said.live) this.standing.hear(said.known, said.known, newest);
+    else this.standing.leaveOut(0);
   }
 }
 
@@ -199,7 +196,7 @@ export class Quorum implements Above {
   /** All is there that was in the log when this member came: more it need not have to be live. */
   #onCurrent(revision: number): void {
     if (this.#target === UNKNOWN) this.#target = revision;
-    for (const equal of this.#equals.values()) if (equal.target === UNKNOWN) equal.target = revision;
+    for (const equal of this.#equals.values()) equal.hear(equal.said, revision);
     this.#tell();
     this.#options.onMembers();
   }
@@ -296,12 +293,7 @@ export class Quorum implements Above {
       const isSame = known?.address === said.address && known.ledger === this.#ledger;
       const equal = isSame ? known : new Equal(node, said, this.#ledger);
       this.#equals.set(node, equal);
-      equal.said = said;
-      if (!said.live) equal.target = undefined;
-      else equal.target ??= revision;
-      // What was answered meanwhile it has to know, too, now that it is waited for again.
-      if (equal.isLeftOut && equal.isReached) [equal.isLeftOut, equal.target] = [false, revision];
-      equal.hasCaughtUp = said.live && (equal.hasCaughtUp || equal.isReached);
+      equal.hear(said, revision);
     }
     this.#checkAll();
     this.#wake();
@@ -374,10 +366,7 @@ export class Quorum implements Above {
     const now = performance.now();
     const revision = this.#ledger?.revision ?? 0;
     for (const equal of this.#equals.values()) {
-      if (!equal.progress.isStuck(equal.said.known, revision, now) || !equal.isWaitedFor) continue;
-      equal.isLeftOut = true;
-      equal.hasCaughtUp = false;
-      equal.target = revision;
+      if (equal.standing.isStuck(revision, now)) equal.standing.leaveOut(revision);
     }
     this.#checkAll();
     this.#wake();

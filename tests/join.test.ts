@@ -9,6 +9,7 @@ import { connect, createServer } from "node:net";
 import { networkInterfaces } from "node:os";
 import { join } from "node:path";
 import type { MemberStatus } from "../hub.ts";
+import { FOLDER } from "../ledger.ts";
 import { LINK_VERSION } from "../link.ts";
 import {
   type Answer,
@@ -314,6 +315,78 @@ describe("membership", () => {
     await waitFor("clients are sent there", async () => (await sentTo(server.port)) === node.server.address);
     expect(readdirSync(node.root).length).toBe(1001);
     expect(await memberOf(server, node.server)).toMatchObject({ state: "live", revision: 1000, lag: 0 });
+  });
+});
+
+// ---------------------------------------------------------------------------------------------------- acknowledged
+
+describe("what is acknowledged is known to whom clients are sent", () => {
+  /** A member of a test's own that takes in what it is told to, and says again and again how far it is. */
+  async function startTold(master: Server) {
+    const hand = await startMember(master);
+    let known = 0;
+    const say = () => hand.say({ kind: "alive", received: known, known, revision: known, nodes: [] });
+    const beats = setInterval(say, 500);
+    hand.say({ kind: "read", after: 0 });
+    const state = async () => (await statusOf(master.address)).replicas.find(({ node }) => node === "fake")!;
+    return {
+      has: (revision: number) =>
+        hand.heard("stretch", ({ stretch }) => (stretch as { revision: number }).revision >= revision),
+      /** Says so, and returns what it is then. */
+      know: async (revision: number) => {
+        known = revision;
+        say();
+        await waitFor("that is heard", async () => (await state()).revision === revision);
+        return (await state()).state;
+      },
+      /** Of one more record, which is acknowledged. */
+      propose: async (path: string) => {
+        const id = Math.floor(Math.random() * 2 ** 40);
+        hand.say({ kind: "propose", id, origin: "fake", proposals: [{ path, base: 0, version: FOLDER }] });
+        const { decisions } = await hand.heard("decided", (message) => message.id === id);
+        return (decisions as [{ revision: number }])[0].revision;
+      },
+      [Symbol.dispose]: () => {
+        clearInterval(beats);
+        hand[Symbol.dispose]();
+      },
+    };
+  }
+
+  test.each([
+    ["a master", 0],
+    ["a member", 1],
+  ])("also without one that was joining %s", async (_, index) => {
+    await using cluster = await startCluster({ replicas: 1, files: { a: "one" } });
+    await cluster.settled();
+    const { server } = cluster.nodes[index]!;
+    using member = await startTold(server);
+    await member.has(1);
+    await put(server.address, "b", "two");
+    expect(await member.know(1)).toBe("joining");
+    // From here on it is waited for.
+    using hand = await greet(server.port);
+    hand.send(encodeRequest({ action: "mkdir", path: "c", parents: false }));
+    await member.has(3);
+    expect(await member.know(2)).toBe("live");
+    expect(hand.answers().map(({ type }) => type)).not.toContain("end");
+    expect(await member.know(3)).toBe("live");
+    await hand.answer("end");
+  });
+
+  test("also without one that was left out", async () => {
+    using root = makeRoot({ a: "one" });
+    await using master = await startServer(root.path, { args: WRITABLE });
+    using member = await startTold(master);
+    await waitFor("it is live", async () => (await member.know(1)) === "live");
+    // It takes this in no more, and so it is waited for until it is left out; and not with the next.
+    expect(await member.propose("b")).toBe(2);
+    await areLogged(master, "member", "behind");
+    expect(await member.propose("c")).toBe(3);
+    expect(await member.know(2)).toBe("joining");
+    expect(await sentTo(master.port)).toBe("here");
+    expect(await member.know(3)).toBe("live");
+    expect(await sentTo(master.port)).not.toBe("here");
   });
 });
 

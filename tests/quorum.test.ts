@@ -326,11 +326,11 @@ describe.skipIf(noEtcd !== undefined)("Quorum", () => {
     void it.quorum.run();
     await waitFor("it is live", () => it.equal?.state === "live");
     const behind = await it.append("it does not take this in");
-    await waitFor("it is left out", () => it.equal!.isLeftOut);
+    await waitFor("it is left out", () => !it.equal!.isWaitedFor);
     const missed = await it.append("nobody waits for it");
     await waitFor("that is known here", () => it.told.known === missed);
     await it.say({ known: behind });
-    await waitFor("it is waited for again", () => !it.equal!.isLeftOut);
+    await waitFor("it is waited for again", () => it.equal!.isWaitedFor);
     expect(it.equal!.state).toBe("joining");
     await it.say({ known: missed });
     await waitFor("it is sent clients", () => it.equal!.state === "live");
