@@ -251,7 +251,8 @@ class Keeper {
     if (join !== undefined) this.#joinMaster(join);
     else if (cluster !== undefined) this.#joinEquals(cluster);
     else if (!this.#isStateless && existsSync(this.#ledgerPath)) this.#becomeMaster();
-    this.#publishSoon();
+    // Members of the keeper before this one are not waited for: clients are not to be sent there any more.
+    this.#publish();
   }
 
   /** The server takes no more clients. */

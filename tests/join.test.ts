@@ -388,6 +388,21 @@ describe("what is acknowledged is known to whom clients are sent", () => {
     expect(await member.know(3)).toBe("live");
     expect(await sentTo(master.port)).not.toBe("here");
   });
+
+  test("also where the keeper that waited for it was killed", async () => {
+    using root = makeRoot({ a: "one" });
+    await using master = await startServer(root.path, { args: WRITABLE });
+    using member = await startTold(master);
+    await waitFor("it is live", async () => (await member.know(1)) === "live");
+    using hand = await greet(master.port);
+    hand.send(encodeRequest({ action: "mkdir", path: "b", parents: false }));
+    await member.has(2);
+    expect(hand.answers().map(({ type }) => type)).not.toContain("end");
+    signal(keeperOf(master)!, "SIGKILL");
+    // The next one answers, and knows of nobody yet.
+    await hand.answer("end");
+    expect(await sentTo(master.port)).toBe("here");
+  });
 });
 
 // ---------------------------------------------------------------------------------------------------- rotation
