@@ -3,8 +3,8 @@
  *
  * Every server is the master of those that have joined it. The first master of all has the ledger; a member sends what
  * changes in its tree up to its master, as a proposal, and gets the ledger's records down from it, over one link. It hands
- * both on to members of its own. What comes of a record is decided by `step` of replica.ts, alike at the master; looking at
- * the tree is done in watch.ts, changing it in place.ts.
+ * both on to members of its own, which are the concern of members.ts. What comes of a record is decided by `step` of
+ * replica.ts, alike at the master; looking at the tree is done in watch.ts, changing it in place.ts.
  *
  * A change is acknowledged when the ledger has it on disk and every live member knows of it: whichever member a client asks
  * next, it gets that version, or is sent to who has it.
@@ -17,43 +17,26 @@ import { formatAddress, isEverywhere, isLoopback, sleep } from "./connection.ts"
 import { Held, openLocked } from "./disk.ts";
 import { parseCluster } from "./etcd.ts";
 import {
-  addressOf,
   type ClusterState,
   FOLDER_STORE,
   type ForKeeper,
   type FromKeeper,
   type KeeperSettings,
-  type MemberStatus,
   storeOf,
-  type ToKeeper,
 } from "./hub.ts";
 import { INDEX_FILE, Index } from "./index.ts";
 import {
   type Decision,
   EmbeddedLedger,
   type Log,
-  type Member,
   type Proposal,
   type Record,
+  STRETCH_RECORDS,
   type Stretch,
-  stretchOf,
 } from "./ledger.ts";
-import {
-  type Above,
-  call,
-  cut,
-  Down,
-  type FromMaster,
-  type FromMember,
-  type Join,
-  LEASE_MS,
-  LINK_VERSION,
-  type Proposed,
-  readFromMember,
-  UNKNOWN,
-  Up,
-} from "./link.ts";
-import { log, logBug, logRefusal } from "./log.ts";
+import { type Above, call, type FromMaster, LEASE_MS, LINK_VERSION, type Proposed, UNKNOWN, Up } from "./link.ts";
+import { log, logBug } from "./log.ts";
+import { circle, Members, statusOf } from "./members.ts";
 import type { Address } from "./peer.ts";
 import { Placer } from "./place.ts";
 import { ERRORS, quote, RepriseError } from "./protocol.ts";
@@ -68,16 +51,6 @@ const LOCK_FILE = "keeper";
 const LOCK_RETRY_MS = 50;
 const LOCK_TRIES_UNSAID = 40;
 const BEAT_MS = 1_000;
-/** How long a member is called back, which may still be about to listen. */
-const CALLS_MS = 1_500;
-const CALL_RETRY_MS = 300;
-/** Records that are read together. */
-const STRETCH_RECORDS = 500;
-/** Records that a member has not yet answered for. */
-const MAX_UNANSWERED = 10_000;
-const COPIED = "; if the root was copied from there, remove the .reprise in it";
-/** Of those who want to join. */
-const MAX_REMEMBERED = 100;
 const PUBLISH_MS = 100;
 const NO_ROOM = "no room on the disk for what it knows of the cluster; tried again until there is";
 const PRUNE_MS = 60_000;
@@ -190,14 +163,8 @@ class Keeper {
   #up: Above | undefined;
   /** The same, among equals. */
   #quorum: Quorum | undefined;
-  readonly #downs = new Map<string, Down>();
-  /** Links of those who want to join and are not yet members: `worker:id`. */
-  readonly #joining = new Set<string>();
-  /** Why they were refused last, by their node, so that it is said once; and who waits for this one to have joined. */
-  readonly #refused = new Map<string, string>();
-  readonly #waiting = new Map<string, { at: number; nodes: string[] }>();
-  /** Members that have gone. */
-  readonly #gone = new Map<string, MemberStatus>();
+  /** Those that have joined this one. */
+  readonly #members: Members;
   /** Proposed here or below and not yet given to the ledger or up. */
   #proposed: Proposed[] = [];
   #isProposing = false;
@@ -221,6 +188,7 @@ class Keeper {
     const cursor = Number(this.#index.fact("cursor") ?? 0);
     this.#state = { node: this.#node, entries: this.#index, cursor, online: false, snapshot: undefined };
     [this.#observer, this.#placer] = this.#isStateless ? [NOTHING, NOTHING] : this.#openTree(path, keepFree);
+    this.#members = this.#openMembers();
   }
 
   #openTree(path: string, keepFree: number): [Observer, Placer] {
@@ -264,46 +232,26 @@ class Keeper {
     this.#up?.close();
     this.#placer.close();
     this.#observer.close();
-    for (const down of this.#downs.values()) this.#note(down);
+    this.#members.note();
     this.#ledger?.close();
     this.#index.close();
   }
 
   onMessage(message: ForKeeper): void {
-    if ("ended" in message) {
-      for (const key of this.#joining) if (key.startsWith(`${message.worker}:`)) this.#joining.delete(key);
-      for (const down of this.#downs.values()) if (down.worker === message.worker) this.#leave(down);
-    } else this.#onWorker(message.worker, message.message);
+    const { worker } = message;
+    if ("ended" in message) this.#members.workerEnded(worker);
+    else if (message.message.kind !== "announce") this.#members.onWorker(worker, message.message);
+    else {
+      const { id, paths } = message.message;
+      const done = (refusal?: string) => send({ worker, message: { kind: "announced", id, refusal } });
+      void this.#announce(paths).then(done);
+    }
   }
 
   /** For `status`, which shows it until the next keeper has something else to say. */
   tellNoRoom(): void {
     log(this.#logSettings, { event: "keeper", status: "no_room" });
     send({ worker: 0, cluster: { ...this.#cluster, problem: NO_ROOM } });
-  }
-
-  #onWorker(worker: number, message: ToKeeper): void {
-    if (message.kind === "announce") {
-      const done = (refusal?: string) => send({ worker, message: { kind: "announced", id: message.id, refusal } });
-      return void this.#announce(message.paths).then(done);
-    }
-    const down = [...this.#downs.values()].find((down) => down.worker === worker && down.id === message.id);
-    if (message.kind === "unlinked") {
-      this.#joining.delete(`${worker}:${message.id}`);
-      if (down) this.#leave(down);
-      return;
-    }
-    try {
-      const said = readFromMember(message.message as { [name: string]: unknown });
-      if (message.kind === "linked") return void this.#onLinked(worker, message.id, message.peer, said);
-      if (down) this.#onMember(down, said);
-    } catch (error) {
-      if (!(error instanceof RepriseError)) throw error;
-      const peer = message.kind === "linked" ? message.peer : down?.address;
-      logRefusal(this.#logSettings, { event: "link", status: error.code, peer });
-      this.#unlink(worker, message.id, error);
-      if (down) this.#leave(down, error.code);
-    }
   }
 
   // ------------------------------------------------------------------------------------------------ the tree
@@ -437,7 +385,7 @@ class Keeper {
     this.#ledger = ledger;
     ledger.watch(() => this.#follow());
     this.#useLedger(ledger.id);
-    for (const member of ledger.members()) this.#gone.set(member.node, this.#statusOf(member, "gone"));
+    this.#members.remember(ledger);
     this.#take([{ kind: "online" }]);
     void this.#look();
     log(this.#logSettings, { event: "cluster", status: "master" });
@@ -462,7 +410,7 @@ class Keeper {
     // What was found is given to the ledger at the end of this turn.
     await new Promise((resolve) => setImmediate(resolve));
     this.#hasLooked = true;
-    for (const { standing } of this.#downs.values()) if (!standing.isWaitedFor) standing.target = this.#log.revision;
+    this.#members.retarget(this.#log.revision);
   }
 
   #propose(proposed: Proposed): void {
@@ -484,7 +432,7 @@ class Keeper {
       all.map(({ origin, proposals }) => ledger.append(origin, proposals).decisions),
     );
     const { revision } = ledger;
-    void this.#knownBelow(revision).then(() => {
+    void this.#members.knownToAll(revision).then(() => {
       for (const [at, { answer }] of all.entries()) answer(decided[at]!);
     });
   }
@@ -501,7 +449,7 @@ class Keeper {
       isWithinSnapshot = stretch.snapshot === "part";
       this.#take([{ kind: "stretch", ...stretch }]);
     }
-    this.#pumpAll();
+    this.#members.pump();
   }
 
   /** What members below are told from. */
@@ -518,7 +466,7 @@ class Keeper {
   #prune(): void {
     void this.#quorum?.prune();
     if (!this.#ledger) return;
-    for (const down of this.#downs.values()) this.#note(down);
+    this.#members.note();
     this.#ledger.prune(this.#revision);
     this.#index.prune(this.#ledger.pruned);
   }
@@ -548,7 +496,7 @@ class Keeper {
         host,
         port,
         secret,
-        below: this.#waitingNodes,
+        below: this.#members.waitingNodes,
       }),
       onJoined: (message) => this.#onJoined(message),
       onMessage: (message) => this.#onMaster(message),
@@ -622,8 +570,7 @@ class Keeper {
     this.#take([{ kind: "offline" }]);
     this.#undecided.clear();
     // Those below are to ask again, too.
-    for (const down of this.#downs.values())
-      this.#unlinkDown(down, new RepriseError("busy", "the master is not there"));
+    this.#members.unlink(new RepriseError("busy", "the master is not there"));
   }
 
   #onMaster(message: FromMaster): void {
@@ -635,7 +582,7 @@ class Keeper {
         else this.#take([{ kind: "stretch", ...stretch }]);
         up.received = stretch.revision;
         this.#forget(stretch, pruned);
-        this.#pumpAll();
+        this.#members.pump();
         this.#sayAlive();
         break;
       }
@@ -655,249 +602,64 @@ class Keeper {
   /** How far this member is, and all below it. */
   #sayAlive(): void {
     const problem = this.#placer.problem?.slice(0, MAX_PROBLEM);
-    const nodes = [...this.#downs.values()].flatMap(({ node, nodes }) => [node, ...nodes]);
+    const { nodes } = this.#members;
     const received = this.#up?.received ?? 0;
-    this.#up?.say({ kind: "alive", received, known: this.#known, revision: this.#revision, nodes, problem });
-  }
-
-  get #known(): number {
-    const below = [...this.#downs.values()].filter(({ isWaitedFor }) => isWaitedFor).map(({ known }) => known);
-    return Math.min(this.#state.cursor, ...below);
+    const known = Math.min(this.#state.cursor, this.#members.known);
+    this.#up?.say({ kind: "alive", received, known, revision: this.#revision, nodes, problem });
   }
 
   // ------------------------------------------------------------------------------------------------ down
 
-  async #onLinked(worker: number, id: number, peer: string, message: FromMember): Promise<void> {
-    this.#joining.add(`${worker}:${id}`);
-    try {
-      if (message.kind === "call") return this.#onCall(worker, id, message.node);
-      if (message.kind !== "join") throw new RepriseError("bad_frame");
-      await this.#onJoin(worker, id, peer, message);
-      this.#refused.delete(message.node);
-    } catch (error) {
-      if (!(error instanceof RepriseError)) throw error;
-      this.#unlink(worker, id, error);
-      this.#sayRefused(message.kind === "join" ? message.node : peer, peer, error);
-    } finally {
-      this.#joining.delete(`${worker}:${id}`);
-    }
+  #openMembers(): Members {
+    return new Members({
+      settings: this.#settings,
+      node: this.#node,
+      log: () => this.#log,
+      ledger: () => this.#ledger,
+      above: () => this.#up,
+      isOnline: () => this.#state.online,
+      isWhole: () => this.#state.snapshot === undefined,
+      admit: () => this.#admit(),
+      call: (address, node, token) => call({ ...this.#addressOf(address), ca: this.#settings.ca, token, node }),
+      propose: (proposed) => this.#propose(proposed),
+      onLaterLog: (ledger, address) => this.#renewLedger(ledger, address),
+      onChange: () => this.#publish(),
+      onProgress: (known, hasMore) => this.#onProgress(known, hasMore),
+      send,
+    });
   }
 
-  /** Whoever is refused tries again and again: that is no news. */
-  #sayRefused(node: string, peer: string, error: RepriseError): void {
-    if (this.#refused.get(node) === error.message) return;
-    if (this.#refused.size >= MAX_REMEMBERED) this.#refused.clear();
-    this.#refused.set(node, error.message);
-    logRefusal(this.#logSettings, { event: "join", status: error.code, peer });
-    say("warn", `${peer} may not join: ${error.message}`);
-  }
-
-  #onCall(worker: number, id: number, node: string): void {
-    if (node !== this.#node) throw new RepriseError("refused", "refused: another server is at this address");
-    this.#say(worker, id, { kind: "called", node });
-  }
-
-  async #onJoin(worker: number, id: number, peer: string, join: Join): Promise<void> {
-    if (join.version !== LINK_VERSION)
-      throw new RepriseError("version", `servers link by version ${LINK_VERSION} here, not ${join.version}`);
-    const store = storeOf(this.#settings.root);
-    if (this.#settings.redirectOnly)
-      throw new RepriseError("refused", "refused: this server only sends clients on; join the same --cluster");
-    if (join.store !== store)
-      throw new RepriseError("refused", `refused: the files here are ${store}, and not ${quote(join.store)}`);
-    if (join.node === this.#node)
-      throw new RepriseError("refused", `refused: that is this server itself; join another${COPIED}`);
-    if (this.#up?.chain.includes(join.node)) throw circle();
-    if (this.#up && !this.#state.online) throw this.#notYet(this.#up, join);
-    const address = formatAddress(join.host === "" ? peer : join.host, join.port);
-    if (!addressOf(address)) throw new RepriseError("refused", `refused: ${quote(address)} is no address`);
-    await this.#callBack(address, join);
-    if (!this.#joining.has(`${worker}:${id}`)) return;
-    const old = this.#downs.get(join.node);
-    if (old && old.address !== address)
-      throw new RepriseError("refused", `refused: the member ${old.address} has the same name${COPIED}`);
-    if (old) this.#unlinkDown(old, new RepriseError("busy", "it has joined again"));
+  #admit(): { ledger: string; secret: string; target: number } {
     this.#becomeMaster();
     // What is here and not yet in the ledger is missing there.
-    const down = new Down({ worker, id, node: join.node, address }, this.#hasLooked ? this.#log.revision : UNKNOWN);
-    this.#downs.set(join.node, down);
-    this.#gone.delete(join.node);
-    log(this.#logSettings, { event: "member", peer: address, status: "joined" });
-    const ledger = String(this.#index.fact("ledger"));
-    this.#say(worker, id, { kind: "joined", node: this.#node, ledger, secret: this.#secret });
-    this.#publish();
-  }
-
-  /** Those who wait for each other wait for ever, and are told. */
-  #notYet(up: Above, { node, below = [] }: Join): RepriseError {
-    if (this.#waiting.size >= MAX_REMEMBERED) this.#waiting.clear();
-    this.#waiting.set(node, { at: performance.now(), nodes: [node, ...below].slice(0, MAX_REMEMBERED) });
-    if (below.includes(this.#node)) return circle();
-    return new RepriseError("busy", `that server has not joined ${up.name} itself yet`);
-  }
-
-  get #waitingNodes(): string[] {
-    const now = performance.now();
-    for (const [node, { at }] of this.#waiting) if (now - at > LEASE_MS) this.#waiting.delete(node);
-    return [...new Set([...this.#waiting.values()].flatMap(({ nodes }) => nodes))].slice(0, MAX_REMEMBERED);
-  }
-
-  /** Clients will be sent there: whoever is at that address must be the one who says so. */
-  async #callBack(address: string, { node, secret }: { node: string; secret: string }): Promise<void> {
-    const end = performance.now() + CALLS_MS;
-    for (;;) {
-      try {
-        return await call({ ...this.#addressOf(address), ca: this.#settings.ca, token: secret, node });
-      } catch (error) {
-        if (!(error instanceof RepriseError)) throw error;
-        if (performance.now() < end && (ERRORS[error.code].retry || error.code === "denied")) {
-          await sleep(CALL_RETRY_MS);
-          continue;
-        }
-        const what = `refused: the member cannot be called back at ${address}: ${error.message}`;
-        throw new RepriseError("refused", `${what}; --advertise says where clients reach it`, error);
-      }
-    }
-  }
-
-  #onMember(down: Down, message: FromMember): void {
-    down.heardAt = performance.now();
-    switch (message.kind) {
-      case "read":
-        if (this.#ledger && message.after > this.#ledger.revision) {
-          this.#renewLedger(this.#ledger, down);
-          break;
-        }
-        down.begin(message.after);
-        this.#pump(down);
-        break;
-      case "propose":
-        this.#onProposed(down, message);
-        break;
-      case "alive":
-        this.#onAlive(down, message);
-        break;
-      default:
-        throw new RepriseError("bad_frame");
-    }
+    const target = this.#hasLooked ? this.#log.revision : UNKNOWN;
+    return { ledger: String(this.#index.fact("ledger")), secret: this.#secret, target };
   }
 
   /** A member knows more of the log than there is: an older one was put back, of which the end is missing. */
-  #renewLedger(ledger: EmbeddedLedger, { address }: Down): void {
+  #renewLedger(ledger: EmbeddedLedger, address: string): void {
     say("warn", `${address} knows a later log than this one, which is now another: all say anew what they have`);
     ledger.renew();
     this.#useLedger(ledger.id);
-    for (const down of this.#downs.values()) this.#unlinkDown(down, new RepriseError("busy", "the log is another now"));
+    this.#members.unlink(new RepriseError("busy", "the log is another now"));
     this.#take([{ kind: "online" }]);
   }
 
-  #onProposed(down: Down, { id, origin, proposals }: Extract<FromMember, { kind: "propose" }>): void {
-    if (origin !== down.node && !down.nodes.includes(origin))
-      throw new RepriseError("bad_frame", "a member proposes what another has changed");
-    const answer = (decisions: Decision[]) => {
-      if (this.#downs.get(down.node) === down) this.#say(down.worker, down.id, { kind: "decided", id, decisions });
-    };
-    this.#propose({ origin, proposals, answer });
-  }
-
-  #onAlive(down: Down, message: Extract<FromMember, { kind: "alive" }>): void {
-    const wasLive = down.isLive;
-    const wasBehind = down.revision;
-    down.hear(message, this.#log.revision);
-    if (down.isLive !== wasLive) {
-      log(this.#logSettings, { event: "member", peer: down.address, status: "live" });
-      this.#publish();
-    }
-    if (down.revision !== wasBehind) this.#placer.hurry();
-    this.#pump(down);
-    this.#wakeKnown();
-    if (this.#up) this.#sayAliveUnless(message.known);
+  #onProgress(known: number, hasMore: boolean): void {
+    if (hasMore) this.#placer.hurry();
+    // Up goes only what is news there.
+    if (known <= this.#state.cursor) this.#sayAlive();
     this.#publishSoon();
   }
 
-  /** Up goes only what is news there. */
-  #sayAliveUnless(known: number): void {
-    if (known <= this.#state.cursor) this.#sayAlive();
-  }
-
-  #pumpAll(): void {
-    for (const down of this.#downs.values()) this.#pump(down);
-  }
-
-  /** Sends a member what it does not have of the log, as much at a time as it takes in. */
-  #pump(down: Down): void {
-    // What is missing here is missing there: it must not be taken for deleted.
-    if (this.#state.snapshot) return;
-    const { revision, pruned } = this.#log;
-    while (down.sent !== undefined && (down.sent < revision || down.isWithinSnapshot || down.isBeginning)) {
-      if (down.sent - down.received > MAX_UNANSWERED) return;
-      const stretch = cut(stretchOf(this.#log, down.sent, STRETCH_RECORDS, down.isWithinSnapshot));
-      // It begins with nothing.
-      if (stretch.snapshot && !down.isWithinSnapshot) down.received = 0;
-      down.isBeginning = false;
-      down.isWithinSnapshot = stretch.snapshot === "part";
-      down.sent = Math.max(stretch.revision, stretch.snapshot ? 0 : down.sent);
-      this.#say(down.worker, down.id, { kind: "stretch", stretch, pruned });
-    }
-  }
-
-  #leave(down: Down, status = "gone"): void {
-    if (this.#downs.get(down.node) !== down) return;
-    this.#note(down);
-    this.#downs.delete(down.node);
-    this.#gone.set(down.node, this.#statusOf(down, "gone"));
-    log(this.#logSettings, { event: "member", peer: down.address, status });
-    this.#wakeKnown();
-    this.#publish();
-  }
-
-  #unlinkDown(down: Down, error: RepriseError): void {
-    this.#unlink(down.worker, down.id, error);
-    this.#leave(down, error.code);
-  }
-
-  #note({ node, address, revision }: Down): void {
-    this.#ledger?.join({ node, address, revision });
-  }
-
-  /** Waits until all who are to be waited for know of a revision; one that goes is waited for no more. */
-  readonly #waitingForKnown: { revision: number; resolve: () => void }[] = [];
-  #knownBelow(revision: number): Promise<void> {
-    const { promise, resolve } = Promise.withResolvers<void>();
-    this.#waitingForKnown.push({ revision, resolve });
-    this.#wakeKnown();
-    return promise;
-  }
-
-  #wakeKnown(): void {
-    const waitedFor = [...this.#downs.values()].filter(({ isWaitedFor }) => isWaitedFor);
-    const known = Math.min(...waitedFor.map(({ known }) => known));
-    while (this.#waitingForKnown[0] && this.#waitingForKnown[0].revision <= known)
-      this.#waitingForKnown.shift()!.resolve();
-  }
-
+  /** Once a second. */
   #beat(): void {
-    const now = performance.now();
-    const { revision } = this.#log;
-    for (const down of this.#downs.values()) {
-      if (now - down.heardAt > LEASE_MS) this.#unlinkDown(down, new RepriseError("idle", "nothing was heard for 5 s"));
-      else {
-        if (down.standing.isStuck(revision, now)) this.#leaveOut(down);
-        const chain = [...(this.#up?.chain ?? []), this.#node];
-        this.#say(down.worker, down.id, { kind: "alive", revision, chain, nodes: this.#nodes });
-      }
-    }
+    this.#members.expire();
+    const chain = [...(this.#up?.chain ?? []), this.#node];
+    this.#members.tell({ kind: "alive", revision: this.#log.revision, chain, nodes: this.#nodes });
     this.#up?.beat();
     this.#sayAlive();
     this.#publishSoon();
-  }
-
-  /** It is there, and takes nothing in: nobody waits for it, and no client is sent there, until it has caught up. */
-  #leaveOut(down: Down): void {
-    down.standing.leaveOut(this.#log.revision);
-    log(this.#logSettings, { event: "member", peer: down.address, status: "behind" });
-    this.#wakeKnown();
-    this.#publish();
   }
 
   // ------------------------------------------------------------------------------------------------ who is where
@@ -920,7 +682,7 @@ class Keeper {
   }
 
   #holdersOf({ origin }: Record): string[] {
-    const around = [...this.#downs.values(), ...(this.#quorum?.equals ?? [])];
+    const around = [...this.#members.all, ...(this.#quorum?.equals ?? [])];
     const made = around.filter(({ node, nodes }) => node === origin || nodes.includes(origin));
     const others = around.filter((member) => !made.includes(member));
     const up = this.#up && !this.#quorum ? [this.#up.name] : [];
@@ -929,17 +691,14 @@ class Keeper {
 
   /** Who is heard of, here or above; undefined where that is not known yet. */
   get #nodes(): string[] | undefined {
-    const below = [...this.#downs.values()].flatMap(({ node, nodes }) => [node, ...nodes]);
     const above = this.#up ? this.#up.nodes : [];
-    return above && [...new Set([this.#node, ...above, ...below])];
+    return above && [...new Set([this.#node, ...above, ...this.#members.nodes])];
   }
 
   /** Only the first master can know, and equals, who all have the same ledger. */
   get #isEveryoneHere(): boolean {
     if (this.#quorum) return this.#quorum.isEveryoneHere;
-    const { revision } = this.#log;
-    const isHere = ({ isLive, known }: Down) => isLive && known >= revision;
-    return this.#ledger !== undefined && this.#gone.size === 0 && [...this.#downs.values()].every(isHere);
+    return this.#ledger !== undefined && this.#members.isEveryoneHere;
   }
 
   #connectTo(address: string): Remote {
@@ -972,15 +731,14 @@ class Keeper {
 
   get #cluster(): ClusterState {
     const [up, quorum, online] = [this.#up, this.#quorum, this.#state.online];
-    const downs = [...this.#downs.values()];
-    const around = [...downs, ...(quorum?.equals ?? [])];
+    const around = [...this.#members.all, ...(quorum?.equals ?? [])];
     const holders = Object.fromEntries(
       around.flatMap(({ node, nodes, address }) => [node, ...nodes].map((node) => [node, address])),
     );
     const above = quorum ? quorum.furthest?.address : up?.name;
-    const replicas = downs.map((down) => this.#statusOf(down, down.isLive ? "live" : "joining"));
-    const equals = quorum?.equals.map((equal) => ({ ...this.#statusOf(equal, equal.state), isEqual: true })) ?? [];
-    const gone = quorum?.gone.map((member) => this.#statusOf(member, "gone")) ?? [];
+    const { revision } = this.#log;
+    const equals = quorum?.equals.map((equal) => ({ ...statusOf(equal, equal.state, revision), isEqual: true })) ?? [];
+    const gone = quorum?.gone.map((member) => statusOf(member, "gone", revision)) ?? [];
     return {
       role: quorum ? "member" : up ? "replica" : this.#ledger ? "master" : "alone",
       node: this.#node,
@@ -988,27 +746,12 @@ class Keeper {
       revision: this.#revision,
       problem: up && !online ? up.problem : this.#placer.problem,
       refusal: this.#refusal,
-      replicas: [...replicas, ...this.#gone.values(), ...equals, ...gone],
+      replicas: [...this.#members.statuses, ...equals, ...gone],
       takesTurn: quorum?.isLive,
       secrets: [this.#secret, this.#callSecret],
       nodes: this.#nodes,
       holders: above === undefined ? holders : { "": above, ...holders },
     };
-  }
-
-  #statusOf(
-    { node, address, revision, problem }: Member & Pick<MemberStatus, "problem">,
-    state: MemberStatus["state"],
-  ): MemberStatus {
-    return { node, address, state, revision, lag: Math.max(0, this.#log.revision - revision), problem };
-  }
-
-  #say(worker: number, id: number, message: FromMaster): void {
-    send({ worker, message: { kind: "say", id, message } });
-  }
-
-  #unlink(worker: number, id: number, error: RepriseError): void {
-    send({ worker, message: { kind: "unlink", id, code: error.code, text: error.message } });
   }
 
   #complain(what: string, error: unknown): void {
@@ -1040,10 +783,6 @@ function countDown(counts: Map<string, number>, key: string): void {
 /** Of SQLite, whose file is as it was before. */
 function isDiskFull(error: unknown): boolean {
   return (error as { code?: unknown }).code === "SQLITE_FULL";
-}
-
-function circle(): RepriseError {
-  return new RepriseError("refused", "refused: that would be a circle of servers that join each other");
 }
 
 function send(message: FromKeeper): void {

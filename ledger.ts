@@ -108,6 +108,9 @@ export interface Ledger {
 /** A deletion is forgotten once all members have it; one that has not been seen for so long is waited for no more. */
 export const FORGET_MEMBER_MS = 30 * 24 * 3600 * 1000;
 
+/** Records that are read together. */
+export const STRETCH_RECORDS = 500;
+
 export const GONE: Version = { kind: "gone", size: 0, mtime: 0, sha256: "" };
 export const FOLDER: Version = { kind: "folder", size: 0, mtime: 0, sha256: "" };
 

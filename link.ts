@@ -182,61 +182,6 @@ export class Standing {
 
 // ---------------------------------------------------------------------------------------------------- ends
 
-/** A member that has joined this server, at the other end of a worker's link. */
-export class Down {
-  readonly worker: number;
-  /** Of the link, at that worker. */
-  readonly id: number;
-  readonly node: string;
-  readonly address: string;
-  /** Its target is what it has to have in its tree. */
-  readonly standing: Standing;
-  heardAt = performance.now();
-  /** As it says: see `alive`. */
-  received = 0;
-  known = 0;
-  revision = 0;
-  nodes: string[] = [];
-  problem: string | undefined;
-  /** All up to here was sent; undefined until it has asked. */
-  sent: number | undefined;
-  isBeginning = false;
-  isWithinSnapshot = false;
-
-  constructor(from: Pick<Down, "worker" | "id" | "node" | "address">, target: number) {
-    this.worker = from.worker;
-    this.id = from.id;
-    this.node = from.node;
-    this.address = from.address;
-    this.standing = new Standing(target);
-  }
-
-  get isLive(): boolean {
-    return this.standing.isLive;
-  }
-
-  get isWaitedFor(): boolean {
-    return this.standing.isWaitedFor;
-  }
-
-  /** It says how far it is, where the log has come to a revision. */
-  hear({ received, known, revision, nodes, problem }: Alive, newest: number): void {
-    // Nobody has received what was not sent: at the start of a snapshot, a member still speaks of what it had before.
-    this.received = Math.min(received, this.sent ?? 0);
-    Object.assign(this, { known, revision, nodes, problem });
-    // What a member cannot have does not keep it from the rest: for that it sends clients on.
-    this.standing.hear(known, problem === undefined ? revision : known, newest);
-  }
-
-  begin(after: number): void {
-    this.sent = after;
-    this.received = after;
-    this.isWithinSnapshot = false;
-    // Even nothing is an answer: it tells the member that it has all.
-    this.isBeginning = true;
-  }
-}
-
 interface UpOptions {
   address: Address;
   token: string | undefined;
