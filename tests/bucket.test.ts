@@ -56,8 +56,10 @@ function clientOf({ env }: Ceph, bucket = "tests"): S3 {
 async function setUp(args: string[] = [], of: Ceph = ceph): Promise<Place> {
   const prefix = `place ${++count}/`;
   const url = `s3://tests/${prefix}`;
-  const server = await startServer(url, { args: ["--writable", ...args], env: of.env });
+  const server = await startServer(url, { args: ["--writable", "--idle-timeout", "400", ...args], env: of.env });
   const talk = await Talk.to(server.port);
+  // Who has not said HELLO, which goes with the first request, is not waited for so long.
+  await talk.stat("");
   return {
     url,
     prefix,
