@@ -1,5 +1,6 @@
 /**
- * Stage 3: the keeper, the one process of a server that follows its cluster. The workers serve, the keeper keeps the tree.
+ * Stage 3: the keeper, the one process of a server that follows its cluster (keeper.ts). The workers serve, the keeper keeps
+ * the tree.
  *
  * Every server is the master of those that have joined it. The first master of all has the ledger; a member sends what
  * changes in its tree up to its master, as a proposal, and gets the ledger's records down from it, over one link. It hands
@@ -10,11 +11,10 @@
  * next, it gets that version, or is sent to who has it.
  */
 import { randomBytes } from "node:crypto";
-import { existsSync, mkdirSync, rmSync } from "node:fs";
+import { existsSync, rmSync } from "node:fs";
 import { openChanges } from "./changes.ts";
 import { say } from "./command.ts";
-import { formatAddress, isEverywhere, isLoopback, sleep } from "./connection.ts";
-import { Held, openLocked } from "./disk.ts";
+import { formatAddress, isEverywhere, isLoopback } from "./connection.ts";
 import { parseCluster } from "./etcd.ts";
 import {
   type ClusterState,
@@ -35,11 +35,11 @@ import {
   type Stretch,
 } from "./ledger.ts";
 import { type Above, call, type FromMaster, LEASE_MS, LINK_VERSION, type Proposed, UNKNOWN, Up } from "./link.ts";
-import { log, logBug } from "./log.ts";
+import { log } from "./log.ts";
 import { circle, Members, statusOf } from "./members.ts";
 import type { Address } from "./peer.ts";
 import { Placer } from "./place.ts";
-import { ERRORS, quote, RepriseError } from "./protocol.ts";
+import { ERRORS, RepriseError } from "./protocol.ts";
 import { Quorum } from "./quorum.ts";
 import { parseServers, Remote } from "./remote.ts";
 import { type Effect, type Event, isDirty, type State, step } from "./replica.ts";
@@ -47,85 +47,12 @@ import { openFolder } from "./storage.ts";
 import { type Finding, Observer } from "./watch.ts";
 
 const LEDGER_FILE = "ledger.sqlite";
-const LOCK_FILE = "keeper";
-const LOCK_RETRY_MS = 50;
-const LOCK_TRIES_UNSAID = 40;
 const BEAT_MS = 1_000;
 const PUBLISH_MS = 100;
 const NO_ROOM = "no room on the disk for what it knows of the cluster; tried again until there is";
 const PRUNE_MS = 60_000;
 /** Characters of a problem that a master is told. */
 const MAX_PROBLEM = 500;
-
-/** Runs the keeper until the supervisor ends it. */
-export async function keep(settings: KeeperSettings): Promise<void> {
-  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
-  const stop = () => process.exit(0);
-  let keeper: ReturnType<typeof keeperOf> | undefined;
-  // Whoever says so: see server.ts.
-  process.on("exit", (status) => status === 0 && keeper?.close());
-  // Nothing but an order to end comes before it has said that it is ready.
-  process.on("message", (message: ForKeeper | "drain" | "stop") => {
-    if (message === "stop") stop();
-    else if (message === "drain") keeper?.drain();
-    else keeper?.onMessage(message);
-  });
-  process.on("disconnect", stop);
-  if (!isStateless(settings)) await takeRoot(settings.root);
-  keeper = keeperOf(settings);
-  // The supervisor starts another, which looks at everything anew.
-  const giveUp = (error: unknown) => {
-    if (isDiskFull(error)) keeper?.tellNoRoom();
-    else logBug({ log: settings.log, worker: 0 }, error);
-    process.exit(1);
-  };
-  process.on("uncaughtException", giveUp);
-  process.on("unhandledRejection", giveUp);
-  process.send?.("ready");
-  keeper.start();
-}
-
-/**
- * Waits until no other keeper has the root: the one that was killed may take a moment to end, and two servers over one root
- * would each count revisions of their own. The lock goes with this process.
- */
-async function takeRoot(root: string): Promise<void> {
-  for (let tries = 1; ; tries++) {
-    try {
-      mkdirSync(`${root}/.reprise`, { mode: 0o700, recursive: true });
-      return void openLocked(`${root}/.reprise/${LOCK_FILE}`, 0o600);
-    } catch (error) {
-      // What cannot be written is said when it is to be.
-      if (!(error instanceof Held)) return;
-      if (tries === LOCK_TRIES_UNSAID)
-        say(
-          "warn",
-          `${quote(root)} is kept by ${error.holder}, another server over the same root; waiting for its end`,
-        );
-      await sleep(LOCK_RETRY_MS);
-    }
-  }
-}
-
-/** Where the root cannot be written there is nothing to keep: whoever would join is told so. */
-function keeperOf(settings: KeeperSettings): Pick<Keeper, "start" | "drain" | "close" | "onMessage" | "tellNoRoom"> {
-  try {
-    return new Keeper(settings);
-  } catch (error) {
-    // That may pass: the next keeper sees.
-    if (isDiskFull(error)) process.exit(1);
-    const why = (error as NodeJS.ErrnoException).code ?? String(error);
-    const text = `refused: the root of the server that is joined cannot be written (${why})`;
-    say("error", `${quote(settings.root)} cannot be written (${why}): no server can join this one`);
-    const onMessage = (message: ForKeeper) => {
-      if ("ended" in message) return;
-      const { worker, message: said } = message;
-      if (said.kind === "linked") send({ worker, message: { kind: "unlink", id: said.id, code: "refused", text } });
-      else if (said.kind === "announce") send({ worker, message: { kind: "announced", id: said.id } });
-    };
-    return { start() {}, drain() {}, close() {}, onMessage, tellNoRoom() {} };
-  }
-}
 
 /** What a server without files of its own, or whose files are kept elsewhere, does about them: nothing. */
 type Watching = Pick<Observer, "start" | "examine" | "isStill" | "close">;
@@ -143,12 +70,13 @@ const NOTHING: Watching & Placing = {
 };
 
 /** It shares who its members are, and no files: they are on the same bucket, or it has none. */
-function isStateless({ root, redirectOnly }: KeeperSettings): boolean {
+export function isStateless({ root, redirectOnly }: KeeperSettings): boolean {
   return redirectOnly === true || storeOf(root) !== FOLDER_STORE;
 }
 
-class Keeper {
+export class Keeper {
   readonly #settings: KeeperSettings;
+  readonly #send: (message: FromKeeper) => void;
   readonly #isStateless: boolean;
   readonly #index: Index;
   readonly #state: State;
@@ -176,8 +104,10 @@ class Keeper {
   /** All that the tree had at the start is in the ledger, or on its way there. */
   #hasLooked = false;
 
-  constructor(settings: KeeperSettings) {
+  /** Throws where the root cannot be written. */
+  constructor(settings: KeeperSettings, send: (message: FromKeeper) => void) {
     this.#settings = settings;
+    this.#send = send;
     const { root: path, keepFree } = settings;
     this.#isStateless = isStateless(settings);
     this.#index = new Index(this.#isStateless ? ":memory:" : `${path}/.reprise/${INDEX_FILE}`);
@@ -243,7 +173,7 @@ class Keeper {
     else if (message.message.kind !== "announce") this.#members.onWorker(worker, message.message);
     else {
       const { id, paths } = message.message;
-      const done = (refusal?: string) => send({ worker, message: { kind: "announced", id, refusal } });
+      const done = (refusal?: string) => this.#send({ worker, message: { kind: "announced", id, refusal } });
       void this.#announce(paths).then(done);
     }
   }
@@ -251,7 +181,7 @@ class Keeper {
   /** For `status`, which shows it until the next keeper has something else to say. */
   tellNoRoom(): void {
     log(this.#logSettings, { event: "keeper", status: "no_room" });
-    send({ worker: 0, cluster: { ...this.#cluster, problem: NO_ROOM } });
+    this.#send({ worker: 0, cluster: { ...this.#cluster, problem: NO_ROOM } });
   }
 
   // ------------------------------------------------------------------------------------------------ the tree
@@ -331,6 +261,8 @@ class Keeper {
     if (this.#up) this.#up.read(after);
     else if (this.#ledger) this.#follow();
   }
+
+  // ------------------------------------------------------------------------------------------------ clients that wait
 
   /** What keeps a client waiting: a change of its own, until the ledger and all live members know. Returns why not. */
   async #announce(paths: string[]): Promise<string | undefined> {
@@ -625,7 +557,7 @@ class Keeper {
       onLaterLog: (ledger, address) => this.#renewLedger(ledger, address),
       onChange: () => this.#publish(),
       onProgress: (known, hasMore) => this.#onProgress(known, hasMore),
-      send,
+      send: this.#send,
     });
   }
 
@@ -725,7 +657,7 @@ class Keeper {
   #publish(): void {
     clearTimeout(this.#publishTimer);
     this.#publishTimer = undefined;
-    send({ worker: 0, cluster: this.#cluster });
+    this.#send({ worker: 0, cluster: this.#cluster });
     this.#sayAlive();
   }
 
@@ -778,13 +710,4 @@ function countDown(counts: Map<string, number>, key: string): void {
   const count = (counts.get(key) ?? 0) - 1;
   if (count > 0) counts.set(key, count);
   else counts.delete(key);
-}
-
-/** Of SQLite, whose file is as it was before. */
-function isDiskFull(error: unknown): boolean {
-  return (error as { code?: unknown }).code === "SQLITE_FULL";
-}
-
-function send(message: FromKeeper): void {
-  process.send?.(message);
 }

@@ -1,5 +1,5 @@
 /**
- * What the processes of one server say to each other about its cluster. A worker and the keeper (cluster.ts) speak through
+ * What the processes of one server say to each other about its cluster. A worker and the keeper (keeper.ts) speak through
  * the supervisor, which starts the keeper when it is wanted.
  *
  * Three parts: the messages; `KeeperHost`, the supervisor's side, which keeps the keeper going, hands on what is said, and

@@ -248,7 +248,7 @@ async function keepUp(settings: KeeperSettings): Promise<void> {
   const onMessage = (message: unknown) => message === "stop" && stopNow();
   process.on("message", onMessage);
   process.on("disconnect", stopNow);
-  const { keep } = await import("./cluster.ts");
+  const { keep } = await import("./keeper.ts");
   void keep(settings);
   process.off("message", onMessage);
   process.off("disconnect", stopNow);

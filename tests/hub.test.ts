@@ -1,6 +1,6 @@
 /**
  * What the processes of a server say to each other about its cluster: clients sent on in turn, links, changes announced,
- * versions by their content, a keeper that dies. The keeper is the test: the server runs with a cluster.ts that only hands
+ * versions by their content, a keeper that dies. The keeper is the test: the server runs with a keeper.ts that only hands
  * on what it is told.
  */
 import { Database } from "bun:sqlite";
@@ -92,7 +92,7 @@ beforeAll(() => {
   for (const name of readdirSync(HOME)) {
     if (/^[a-z0-9]+\.ts$|^package\.json$/.test(name)) copyFileSync(join(HOME, name), join(program.path, name));
   }
-  writeFileSync(join(program.path, "cluster.ts"), STAND_IN);
+  writeFileSync(join(program.path, "keeper.ts"), STAND_IN);
   symlinkSync(join(HOME, "node_modules"), join(program.path, "node_modules"));
 });
 afterAll(() => {
