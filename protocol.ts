@@ -87,7 +87,8 @@
  *
  * [link]       Between a server and one that it has joined: LINK with {"kind": "join", ...} is the request, and if it is
  *              not answered with ERROR, LINK frames alone travel both ways from then on. What is in them is said at
- *              `FromMember` and `FromMaster` of link.ts. It takes a `replica` token or, where the server has no tokens, to be on the same machine.
+ *              `FromMember` and `FromMaster` of link.ts. It takes a `replica` token or, where the server has no tokens,
+ *              to be on the same machine.
  *
  * [wait]       WAIT may come before any answer, any number of times: it only says that the answer takes its time. It
  *              does not come while the server itself waits for content.
