@@ -247,8 +247,13 @@ export class Etcd {
     return Number(result?.TTL ?? 0) > 0;
   }
 
+  /** Also where it has ended already, as it has when an answer was lost and this is asked again. */
   async revoke(lease: string): Promise<void> {
-    await this.call("/v3/lease/revoke", { ID: lease });
+    try {
+      await this.call("/v3/lease/revoke", { ID: lease });
+    } catch (error) {
+      if (!(error instanceof RepriseError && error.code === "not_found")) throw error;
+    }
   }
 
   /**

@@ -577,9 +577,7 @@ class Beats {
     this.#lease = undefined;
     this.leasedAt = undefined;
     if (lease === undefined) return;
-    await this.#etcd.revoke(lease).catch((error) => {
-      if (!(error instanceof RepriseError && error.code === "not_found")) throw error;
-    });
+    await this.#etcd.revoke(lease);
   }
 }
 

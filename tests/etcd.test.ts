@@ -464,6 +464,15 @@ describe.skipIf(noEtcd !== undefined)("EtcdLedger", () => {
     expect(await theirs.members()).toMatchObject([{ node: "m", address: "m:1" }]);
   });
 
+  test("a lease that has ended can be ended once more, as happens when the answer was lost", async () => {
+    const etcd = new Etcd(parseCluster(shared.url(freshName())));
+    open.push(() => etcd.close());
+    const lease = await etcd.grant(600);
+    await etcd.revoke(lease);
+    expect(await etcd.keepAlive(lease)).toBe(false);
+    await etcd.revoke(lease);
+  });
+
   test("a log that one without files begins anew keeps what it kept", async () => {
     const name = freshName();
     const member = await openLedger(shared, name);
