@@ -318,6 +318,10 @@ describe.skipIf(noCeph !== undefined)("a bucket", () => {
     await waitFor("parts are held", async () => (await it.talk.peer.sums(ID, "")).length > 0);
     const orphan = await it.s3.createUpload(`${it.prefix}orphan`, "0");
     lost.peer.close();
+    // What it still notes of the upload would else come behind the sweep.
+    await waitFor("the server has left it", () =>
+      it.server.log.some(({ event, path }) => event === "put" && path === "g"),
+    );
     const changes = openBucketChanges(openBucket(it.url, { env: ceph.env }));
     const isBegun = async () => (await Array.fromAsync(it.s3.uploads(it.prefix))).map(({ key }) => key).sort();
     await changes.sweep();
