@@ -312,8 +312,7 @@ export class S3 {
   async #try(call: Call, withinMs: number): Promise<{ headers: Headers; body: Uint8Array }> {
     const { method, key, body, limits } = call;
     const url = this.#urlOf(call);
-    const timeout = AbortSignal.timeout(Math.max(1, Math.ceil(withinMs)));
-    const signal = limits?.signal ? AbortSignal.any([timeout, limits.signal]) : timeout;
+    const { signal, done } = until(withinMs, limits?.signal);
     let response: Response;
     let content: Uint8Array;
     try {
@@ -322,6 +321,8 @@ export class S3 {
       content = await response.bytes();
     } catch (error) {
       throw new S3Error("Unreachable", 0, `${this.address} does not answer: ${reasonOf(error)}`, error);
+    } finally {
+      done();
     }
     if (response.ok) return { headers: response.headers, body: content };
     const what = `${method} ${key === "" ? this.settings.bucket : quote(key)}`;
@@ -370,6 +371,23 @@ export class S3 {
     }
     return this.#signingKey.key;
   }
+}
+
+/**
+ * A signal that ends a request after that time, or when `other` does; to be let go of with `done`. A signal of
+ * `AbortSignal.timeout` would stay for all of that time, however soon the answer comes: many thousands of them.
+ */
+function until(ms: number, other: AbortSignal | undefined): { signal: AbortSignal; done: () => void } {
+  const controller = new AbortController();
+  const timer = setTimeout(() => controller.abort(new DOMException("late", "TimeoutError")), Math.max(1, ms));
+  const end = () => controller.abort(other!.reason);
+  other?.addEventListener("abort", end, { once: true });
+  if (other?.aborted) end();
+  const done = () => {
+    clearTimeout(timer);
+    other?.removeEventListener("abort", end);
+  };
+  return { signal: controller.signal, done };
 }
 
 function hash(content: Uint8Array | string): string {
