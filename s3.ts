@@ -263,17 +263,20 @@ export class S3 {
     }
   }
 
-  /** Those that are not completed, page by page. */
+  /**
+   * Those that are not completed, page by page. Their keys come as XML has them: asked to encode them, Ceph does so without
+   * saying it, and not in what the next page begins with.
+   */
   async *uploads(prefix: string): AsyncGenerator<{ key: string | undefined; uploadId: string; begunMs: number }> {
-    const query: Record<string, string | undefined> = { uploads: "", "encoding-type": "url", prefix };
+    const query: Record<string, string | undefined> = { uploads: "", prefix };
     for (;;) {
       const page = await this.#xml({ method: "GET", key: "", query });
       for (const xml of blocksOf(page, "Upload")) {
         const uploadId = unescapeXml(fieldOf(xml, "UploadId") ?? "");
-        yield { key: keyOf(xml, "Key"), uploadId, begunMs: Date.parse(fieldOf(xml, "Initiated") ?? "") };
+        yield { key: keyOf(xml, "Key", false), uploadId, begunMs: Date.parse(fieldOf(xml, "Initiated") ?? "") };
       }
       if (fieldOf(page, "IsTruncated") !== "true") return;
-      query["key-marker"] = keyOf(page, "NextKeyMarker");
+      query["key-marker"] = unescapeXml(fieldOf(page, "NextKeyMarker") ?? "");
       query["upload-id-marker"] = unescapeXml(fieldOf(page, "NextUploadIdMarker") ?? "");
       if (!query["key-marker"]) return;
     }

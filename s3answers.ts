@@ -97,9 +97,16 @@ export function unescapeXml(text: string): string {
   });
 }
 
-/** A key that came url-encoded; undefined where it is no UTF-8. */
-export function keyOf(xml: string, name: string): string | undefined {
+/** Whether its keys are url-encoded: not every gateway that is asked to does so, and who does says it. */
+function isEncodedIn(xml: string): boolean {
+  return fieldOf(xml, "EncodingType")?.toLowerCase() === "url";
+}
+
+/** Undefined where it is no UTF-8. */
+export function keyOf(xml: string, name: string, isEncoded: boolean): string | undefined {
   const text = unescapeXml(fieldOf(xml, name) ?? "");
+  // What is no UTF-8 has been read as this sign.
+  if (!isEncoded) return text.includes("\ufffd") ? undefined : text;
   try {
     return decodeURIComponent(text.replaceAll("+", " "));
   } catch {
@@ -108,16 +115,17 @@ export function keyOf(xml: string, name: string): string | undefined {
 }
 
 export function pageOf(xml: string): ListPage {
+  const isEncoded = isEncodedIn(xml);
   const objects: ListedObject[] = [];
   for (const block of blocksOf(xml, "Contents")) {
     objects.push({
-      key: keyOf(block, "Key"),
+      key: keyOf(block, "Key", isEncoded),
       size: Number(fieldOf(block, "Size")),
       etag: unquote(unescapeXml(fieldOf(block, "ETag") ?? "")),
       modified: fieldOf(block, "LastModified") ?? "",
     });
   }
-  const prefixes = [...blocksOf(xml, "CommonPrefixes")].map((block) => keyOf(block, "Prefix"));
+  const prefixes = [...blocksOf(xml, "CommonPrefixes")].map((block) => keyOf(block, "Prefix", isEncoded));
   const isCut = fieldOf(xml, "IsTruncated") === "true";
   const next = isCut ? unescapeXml(fieldOf(xml, "NextContinuationToken") ?? "") : undefined;
   if (next === "") throw new S3Error("BadAnswer", 200, "S3 cut a list and did not say where");

@@ -403,7 +403,7 @@ function fakeGateway(keys: number) {
       const isCut = from + most < keys;
       const next = isCut ? `<NextContinuationToken>${from + most}</NextContinuationToken>` : "";
       return new Response(
-        `<ListBucketResult><IsTruncated>${isCut}</IsTruncated>${next}${contents.join("")}</ListBucketResult>`,
+        `<ListBucketResult><EncodingType>url</EncodingType><IsTruncated>${isCut}</IsTruncated>${next}${contents.join("")}</ListBucketResult>`,
       );
     },
   });
