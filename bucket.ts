@@ -168,6 +168,9 @@ export class Bucket {
     switch (code) {
       case "Unreachable":
         return `the storage cannot be reached: ${message} (AWS_ENDPOINT_URL)`;
+      case "BadAnswer":
+      case "IncompleteBody":
+        return `the storage cannot be used: ${message} (AWS_ENDPOINT_URL)`;
       case "NoSuchBucket":
         return `there is no bucket ${bucket} at ${address}; create it there`;
       case "InvalidAccessKeyId":

@@ -525,13 +525,24 @@ async function readState(bucket: Bucket, id: string): Promise<{ state: State; et
   if (!found) return undefined;
   try {
     const state: State = JSON.parse(new TextDecoder().decode(found.body));
-    if (state.version !== 1 || !Array.isArray(state.parts)) return undefined;
+    if (!isState(state)) return undefined;
     const short = state.parts.findIndex(([length]) => length < LEAST_PART_BYTES);
     const parts = short < 0 ? state.parts : state.parts.slice(0, short);
     return { state: { ...state, parts }, etag: found.etag };
   } catch {
     return undefined;
   }
+}
+
+/** Whoever may write to the bucket may have put it there. */
+function isState({ version, uploadId, key, mtime, parts }: State): boolean {
+  const isPart = ([length, etag, crc32]: unknown[]) => isCount(length) && typeof etag === "string" && isCount(crc32);
+  const areTexts = typeof uploadId === "string" && typeof key === "string";
+  return version === 1 && areTexts && Number.isSafeInteger(mtime) && parts.length <= MAX_PARTS && parts.every(isPart);
+}
+
+function isCount(value: unknown): boolean {
+  return Number.isSafeInteger(value) && (value as number) >= 0;
 }
 
 class BucketUpload implements Upload {

@@ -10,16 +10,20 @@
  */
 import { quote } from "./protocol.ts";
 import {
-  blocksOf,
+  badAnswer,
+  checkXml,
   errorOfXml,
+  etagIn,
   fieldOf,
   infoOf,
-  keyOf,
+  isBadAnswer,
   type ObjectInfo,
   pageOf,
   S3Error,
+  type UploadPage,
   unescapeXml,
   unquote,
+  uploadsOf,
 } from "./s3answers.ts";
 
 export { type ListedObject, type ListPage, type ObjectInfo, S3Error } from "./s3answers.ts";
@@ -34,8 +38,8 @@ const MIB_MS = 1_000;
 const LONG_MS = 300_000;
 /** What S3 takes to remove at once, and to list. */
 const MAX_KEYS = 1000;
-/** An answer that is XML is a page of a list at the most: 1,000 keys of 1,024 bytes, encoded. */
-const MAX_XML_BYTES = 16 * 1024 * 1024;
+/** An answer is a page of a list at the most: 1,000 keys of 1,024 bytes, encoded; but for content, of which it is known. */
+const MAX_ANSWER_BYTES = 16 * 1024 * 1024;
 const MIB = 1024 * 1024;
 export interface S3Settings {
   bucket: string;
@@ -81,11 +85,20 @@ interface Call {
   body?: Uint8Array | string | undefined;
   /** The body's, in hexadecimal, where it is known. */
   sha256?: string | undefined;
-  /** Bytes that are expected back. */
+  /** Bytes that are expected back; and as many may come at most. */
   answerBytes?: number;
+  mostBytes?: number;
   /** It may go on for long before there is an answer. */
   isLong?: boolean;
   limits?: RequestLimits | undefined;
+}
+
+const NOTHING = new Uint8Array(0);
+const nothing = () => {};
+
+interface Answer {
+  headers: Headers;
+  body: Uint8Array;
 }
 
 export class S3 {
@@ -112,8 +125,7 @@ export class S3 {
   /** Undefined where there is no such object. */
   async head(key: string, limits?: RequestLimits): Promise<ObjectInfo | undefined> {
     try {
-      const { headers } = await this.#call({ method: "HEAD", key, limits });
-      return infoOf(headers);
+      return await this.#call({ method: "HEAD", key, limits }, ({ headers }) => infoOf(headers));
     } catch (error) {
       if (error instanceof S3Error && error.status === 404 && error.code !== "NoSuchBucket") return undefined;
       throw error;
@@ -123,22 +135,23 @@ export class S3 {
   /** These bytes of that version. Throws `PreconditionFailed` where it is another by now. */
   async read(key: string, etag: string, offset: number, length: number, limits?: RequestLimits): Promise<Uint8Array> {
     const headers = { range: `bytes=${offset}-${offset + length - 1}`, "if-match": etag };
-    const { headers: said, body } = await this.#call({ method: "GET", key, headers, answerBytes: length, limits });
-    // Not every engine looks at the condition.
-    const found = said.get("etag");
-    if (found !== null && unquote(found) !== etag)
-      throw new S3Error("PreconditionFailed", 412, `${quote(key)} is another version by now`);
-    if (body.length !== length) {
-      throw new S3Error("IncompleteBody", 206, `${body.length} bytes came of ${quote(key)}, and not ${length}`);
-    }
-    return body;
+    const call: Call = { method: "GET", key, headers, answerBytes: length, mostBytes: length, limits };
+    return this.#call(call, ({ headers: said, body }) => {
+      // Not every engine looks at the condition.
+      const found = said.get("etag");
+      if (found !== null && unquote(found) !== etag)
+        throw new S3Error("PreconditionFailed", 412, `${quote(key)} is another version by now`);
+      if (body.length !== length)
+        throw new S3Error("IncompleteBody", 206, `${body.length} bytes came of ${quote(key)}, and not ${length}`);
+      return body;
+    });
   }
 
   /** All of a small object; undefined where there is none. */
   async readAll(key: string): Promise<{ etag: string; body: Uint8Array } | undefined> {
     try {
-      const { headers, body } = await this.#call({ method: "GET", key, answerBytes: MIB });
-      return { etag: unquote(headers.get("etag") ?? ""), body };
+      const call: Call = { method: "GET", key, answerBytes: MIB };
+      return await this.#call(call, ({ headers, body }) => ({ etag: etagIn(headers.get("etag")), body }));
     } catch (error) {
       if (error instanceof S3Error && error.code === "NoSuchKey") return undefined;
       throw error;
@@ -152,13 +165,8 @@ export class S3 {
     { mtime, ifNoneMatch, ifMatch }: { mtime?: string | undefined } & PutConditions = {},
   ): Promise<string> {
     const conditions = { "if-none-match": ifNoneMatch, "if-match": ifMatch };
-    const { headers } = await this.#call({
-      method: "PUT",
-      key,
-      headers: { ...conditions, "x-amz-meta-mtime": mtime },
-      body,
-    });
-    return unquote(headers.get("etag") ?? "");
+    const headers = { ...conditions, "x-amz-meta-mtime": mtime };
+    return this.#call({ method: "PUT", key, headers, body }, ({ headers }) => etagIn(headers.get("etag")));
   }
 
   async list(prefix: string, { delimiter, token, startAfter, max }: ListOptions = {}, limits?: RequestLimits) {
@@ -171,11 +179,11 @@ export class S3 {
       "start-after": startAfter,
       "max-keys": max === undefined ? undefined : String(Math.min(max, MAX_KEYS)),
     };
-    return pageOf(await this.#xml({ method: "GET", key: "", query, limits }));
+    return this.#xml({ method: "GET", key: "", query, limits }, (xml) => pageOf(xml, { prefix, token }));
   }
 
   async remove(key: string): Promise<void> {
-    await this.#call({ method: "DELETE", key });
+    await this.#call({ method: "DELETE", key }, nothing);
   }
 
   /** Any number of them. */
@@ -191,9 +199,11 @@ export class S3 {
     const objects = plain.map((key) => `<Object><Key>${escapeXml(key)}</Key></Object>`).join("");
     const body = `<Delete><Quiet>true</Quiet>${objects}</Delete>`;
     const headers = { "content-md5": new Bun.CryptoHasher("md5").update(body).digest("base64") };
-    const answer = await this.#xml({ method: "POST", key: "", query: { delete: "" }, headers, body });
-    const failure = fieldOf(answer, "Error");
-    if (failure !== undefined) throw errorOfXml(200, failure, "removing");
+    await this.#xml({ method: "POST", key: "", query: { delete: "" }, headers, body }, (xml) => {
+      checkXml(xml, "DeleteResult");
+      const failure = fieldOf(xml, "Error");
+      if (failure !== undefined) throw errorOfXml(200, failure, "removing");
+    });
   }
 
   /** Throws `PreconditionFailed` where the source is no longer that version. */
@@ -202,7 +212,8 @@ export class S3 {
       "x-amz-copy-source": `/${encodeKey(this.settings.bucket)}/${encodeKey(from)}`,
       "x-amz-copy-source-if-match": etag,
     };
-    await this.#xml({ method: "PUT", key: to, headers, isLong: true });
+    // The original is removed on the strength of this.
+    await this.#xml({ method: "PUT", key: to, headers, isLong: true }, (xml) => checkXml(xml, "CopyObjectResult"));
   }
 
   // ------------------------------------------------------------------------------------------------ multipart
@@ -210,17 +221,18 @@ export class S3 {
   /** Returns the upload's id. */
   async createUpload(key: string, mtime: string): Promise<string> {
     const headers = { "x-amz-meta-mtime": mtime };
-    const answer = await this.#xml({ method: "POST", key, query: { uploads: "" }, headers });
-    const id = fieldOf(answer, "UploadId");
-    if (!id) throw new S3Error("BadAnswer", 200, "S3 began an upload without a name for it");
-    return unescapeXml(id);
+    return this.#xml({ method: "POST", key, query: { uploads: "" }, headers }, (xml) => {
+      checkXml(xml, "InitiateMultipartUploadResult");
+      const id = fieldOf(xml, "UploadId");
+      if (!id) throw badAnswer("an upload without a name for it");
+      return unescapeXml(id);
+    });
   }
 
   /** Returns the part's etag. */
   async putPart(key: string, uploadId: string, number: number, body: Uint8Array, sha256: string): Promise<string> {
     const query = { partNumber: String(number), uploadId };
-    const { headers } = await this.#call({ method: "PUT", key, query, body, sha256 });
-    return unquote(headers.get("etag") ?? "");
+    return this.#call({ method: "PUT", key, query, body, sha256 }, ({ headers }) => etagIn(headers.get("etag")));
   }
 
   /** A part that is these bytes of another object's version. Returns its etag. */
@@ -239,25 +251,29 @@ export class S3 {
       "x-amz-copy-source-range": `bytes=${at}-${at + length - 1}`,
     };
     const query = { partNumber: String(number), uploadId };
-    const answer = await this.#xml({ method: "PUT", key, query, headers, isLong: true });
-    return unquote(unescapeXml(fieldOf(answer, "ETag") ?? ""));
+    return this.#xml({ method: "PUT", key, query, headers, isLong: true }, (xml) => {
+      checkXml(xml, "CopyPartResult");
+      return etagIn(fieldOf(xml, "ETag"));
+    });
   }
 
-  /** Returns the etag of the object that there is now. Throws `NoSuchUpload`, `InvalidPart`. */
+  /** Returns the etag of the object that there is now, "" where S3 does not say it. Throws `NoSuchUpload`, `InvalidPart`. */
   async completeUpload(key: string, uploadId: string, parts: Part[], { ifNoneMatch, ifMatch }: PutConditions = {}) {
     const list = parts.map(
       ({ number, etag }) => `<Part><PartNumber>${number}</PartNumber><ETag>"${etag}"</ETag></Part>`,
     );
     const body = `<CompleteMultipartUpload>${list.join("")}</CompleteMultipartUpload>`;
     const headers = { "if-none-match": ifNoneMatch, "if-match": ifMatch };
-    const answer = await this.#xml({ method: "POST", key, query: { uploadId }, headers, body, isLong: true });
-    return unquote(unescapeXml(fieldOf(answer, "ETag") ?? ""));
+    return this.#xml({ method: "POST", key, query: { uploadId }, headers, body, isLong: true }, (xml) => {
+      checkXml(xml, "CompleteMultipartUploadResult");
+      return unquote(unescapeXml(fieldOf(xml, "ETag") ?? ""));
+    });
   }
 
   /** Nothing to do where there is no such upload any more. */
   async abortUpload(key: string, uploadId: string): Promise<void> {
     try {
-      await this.#call({ method: "DELETE", key, query: { uploadId } });
+      await this.#call({ method: "DELETE", key, query: { uploadId } }, nothing);
     } catch (error) {
       if (!(error instanceof S3Error) || error.status !== 404) throw error;
     }
@@ -267,42 +283,39 @@ export class S3 {
    * Those that are not completed, page by page. Their keys come as XML has them: asked to encode them, Ceph does so without
    * saying it, and not in what the next page begins with.
    */
-  async *uploads(prefix: string): AsyncGenerator<{ key: string | undefined; uploadId: string; begunMs: number }> {
-    const query: Record<string, string | undefined> = { uploads: "", prefix };
-    for (;;) {
-      const page = await this.#xml({ method: "GET", key: "", query });
-      for (const xml of blocksOf(page, "Upload")) {
-        const uploadId = unescapeXml(fieldOf(xml, "UploadId") ?? "");
-        yield { key: keyOf(xml, "Key", false), uploadId, begunMs: Date.parse(fieldOf(xml, "Initiated") ?? "") };
-      }
-      if (fieldOf(page, "IsTruncated") !== "true") return;
-      query["key-marker"] = unescapeXml(fieldOf(page, "NextKeyMarker") ?? "");
-      query["upload-id-marker"] = unescapeXml(fieldOf(page, "NextUploadIdMarker") ?? "");
-      if (!query["key-marker"]) return;
+  async *uploads(prefix: string): AsyncGenerator<UploadPage["uploads"][number]> {
+    for (let token: UploadPage["next"]; ; ) {
+      const query = { uploads: "", prefix, "key-marker": token?.key, "upload-id-marker": token?.id };
+      const page = await this.#xml({ method: "GET", key: "", query }, (xml) => uploadsOf(xml, prefix, token));
+      yield* page.uploads;
+      if (!page.next) return;
+      token = page.next;
     }
   }
 
   // ------------------------------------------------------------------------------------------------ requests
 
   /** An answer that is XML. An error may come with a status of 200 where S3 took long. */
-  async #xml(call: Call): Promise<string> {
-    const { body } = await this.#call({ ...call, answerBytes: MIB });
-    if (body.length > MAX_XML_BYTES) throw new S3Error("BadAnswer", 200, "S3 sent an answer that is too long");
-    const text = new TextDecoder().decode(body);
-    const error = /^(?:\s|<\?[^>]*>)*<Error>/.test(text) ? fieldOf(text, "Error") : undefined;
-    if (error !== undefined) throw errorOfXml(500, error, call.method);
-    return text;
+  #xml<T>(call: Call, read: (xml: string) => T): Promise<T> {
+    return this.#call({ ...call, answerBytes: MIB }, ({ body }) => {
+      const text = new TextDecoder().decode(body);
+      const error = /^(?:\s|<\?[^>]*>)*<Error>/.test(text) ? fieldOf(text, "Error") : undefined;
+      if (error !== undefined) throw errorOfXml(500, error, call.method);
+      return read(text);
+    });
   }
 
-  async #call(call: Call): Promise<{ headers: Headers; body: Uint8Array }> {
+  /** What `read` makes of the answer. Tried again where it fails in a way that may pass, be it that the answer is none. */
+  async #call<T>(call: Call, read: (answer: Answer) => T): Promise<T> {
     const bytes = (call.body?.length ?? 0) + (call.answerBytes ?? 0);
     const tryMs = TRY_MS + (bytes / MIB) * MIB_MS + (call.isLong ? LONG_MS : 0);
     const end = performance.now() + (call.limits?.withinMs ?? 2 * tryMs);
     for (let tries = 1; ; tries++) {
       const startedAt = performance.now();
       try {
-        return await this.#try(call, Math.min(tryMs, end - startedAt));
-      } catch (error) {
+        return read(await this.#try(call, Math.min(tryMs, end - startedAt)));
+      } catch (caught) {
+        const error = this.#named(caught, call);
         if (error instanceof S3Error) error.isRetried = tries > 1;
         const waitMs = FIRST_WAIT_MS * 2 ** (tries - 1) * (0.5 + Math.random());
         const isPassing = error instanceof S3Error && error.isPassing && !call.limits?.signal?.aborted;
@@ -312,8 +325,20 @@ export class S3 {
     }
   }
 
-  async #try(call: Call, withinMs: number): Promise<{ headers: Headers; body: Uint8Array }> {
-    const { method, key, body, limits } = call;
+  /** An answer that is none: who gave it, and to what. */
+  #named(error: unknown, { method, key }: Call): unknown {
+    if (!isBadAnswer(error)) return error;
+    const what = `${method} ${key === "" ? this.settings.bucket : quote(key)}`;
+    return new S3Error(
+      error.code,
+      error.status,
+      `${this.address} does not answer ${what} as S3 does: ${error.message}`,
+      error,
+    );
+  }
+
+  async #try(call: Call, withinMs: number): Promise<Answer> {
+    const { method, key, body, limits, mostBytes = MAX_ANSWER_BYTES } = call;
     const url = this.#urlOf(call);
     const { signal, done } = until(withinMs, limits?.signal);
     let response: Response;
@@ -321,8 +346,9 @@ export class S3 {
     try {
       const options = { method, headers: this.#signed(call, url), body, signal, redirect: "manual", decompress: false };
       response = await fetch(url, options as RequestInit);
-      content = await response.bytes();
+      content = method === "HEAD" ? NOTHING : await bodyOf(response, response.ok ? mostBytes : MIB);
     } catch (error) {
+      if (error instanceof S3Error) throw error;
       throw new S3Error("Unreachable", 0, `${this.address} does not answer: ${reasonOf(error)}`, error);
     } finally {
       done();
@@ -399,6 +425,21 @@ function hash(content: Uint8Array | string): string {
 
 function hmac(key: Buffer, text: string): Buffer {
   return new Bun.CryptoHasher("sha256", key).update(text).digest() as Buffer;
+}
+
+/** All of it; throws `BadAnswer` where there is more than that, of which no more is taken then. */
+async function bodyOf(response: Response, mostBytes: number): Promise<Uint8Array> {
+  const length = response.headers.get("content-length");
+  // That many come, and no more.
+  if (response.body === null || (length !== null && Number(length) <= mostBytes)) return response.bytes();
+  const parts: Uint8Array[] = [];
+  let bytes = 0;
+  for await (const part of response.body as unknown as AsyncIterable<Uint8Array>) {
+    bytes += part.length;
+    if (bytes > mostBytes) throw badAnswer(`more than ${mostBytes} bytes`);
+    parts.push(part);
+  }
+  return parts.length === 1 ? parts[0]! : Buffer.concat(parts, bytes);
 }
 
 function reasonOf(error: unknown): string {

@@ -1,9 +1,24 @@
 /**
  * What S3 answers: errors, and the XML of which it makes lists and other answers.
+ *
+ * A status of 200 alone says little: the page of a proxy has it, too, and an answer without the objects that there are is
+ * a list of an empty bucket to who does not look. So each answer is looked at for what it has to be, and is `BadAnswer`
+ * where it is not: nothing is taken for gone, removed or copied because of it. That may pass, as when a proxy is set right.
  */
+import { quote } from "./protocol.ts";
 
 /** Statuses and codes of what may be right a moment later. */
-const PASSING = new Set(["SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted"]);
+const PASSING = new Set([
+  "SlowDown",
+  "InternalError",
+  "ServiceUnavailable",
+  "RequestTimeout",
+  "OperationAborted",
+  "BadAnswer",
+  "IncompleteBody",
+]);
+/** Characters that are shown of what should not be there. */
+const MAX_SHOWN = 60;
 
 /** What a HEAD says of an object. */
 export interface ObjectInfo {
@@ -53,11 +68,38 @@ export class S3Error extends Error {
   }
 }
 
+/** Throws `BadAnswer` where there is no size or etag: the one would be taken for 0, and no read could be under the other. */
 export function infoOf(headers: Headers): ObjectInfo {
-  const size = Number(headers.get("content-length"));
+  const [length, etag] = [headers.get("content-length"), headers.get("etag")];
   const modifiedMs = Date.parse(headers.get("last-modified") ?? "") || 0;
   const mtime = headers.get("x-amz-meta-mtime") ?? undefined;
-  return { size, etag: unquote(headers.get("etag") ?? ""), modifiedMs, mtime };
+  return { size: countIn(length, "size"), etag: etagIn(etag), modifiedMs, mtime };
+}
+
+function countIn(text: string | null | undefined, what: string): number {
+  const count = /^\d+$/.test(text ?? "") ? Number(text) : Number.NaN;
+  if (!Number.isSafeInteger(count)) throw badAnswer(`no ${what}, but ${shown(text)}`);
+  return count;
+}
+
+/** Without quotes. Throws `BadAnswer` where there is none. */
+export function etagIn(text: string | null | undefined): string {
+  const etag = unquote(unescapeXml(text ?? ""));
+  if (etag === "") throw badAnswer("no etag");
+  return etag;
+}
+
+/** What has come is not what S3 answers to that. Where it came from is added by who asked. */
+export function badAnswer(what: string): S3Error {
+  return new S3Error("BadAnswer", 200, what);
+}
+
+export function isBadAnswer(error: unknown): error is S3Error {
+  return error instanceof S3Error && (error.code === "BadAnswer" || error.code === "IncompleteBody");
+}
+
+function shown(text: string | null | undefined): string {
+  return text === null || text === undefined ? "nothing" : quote(text, MAX_SHOWN);
 }
 
 export function unquote(etag: string): string {
@@ -70,7 +112,7 @@ export function unquote(etag: string): string {
  * Of XML only what S3 sends is understood: elements without attributes, of which none is within one of the same name.
  * Nothing is expanded but the five entities of XML itself and characters by number.
  */
-export function* blocksOf(xml: string, name: string): Generator<string> {
+function* blocksOf(xml: string, name: string): Generator<string> {
   const [open, close] = [`<${name}>`, `</${name}>`];
   for (let at = xml.indexOf(open); at >= 0; ) {
     const start = at + open.length;
@@ -103,7 +145,7 @@ function isEncodedIn(xml: string): boolean {
 }
 
 /** Undefined where it is no UTF-8. */
-export function keyOf(xml: string, name: string, isEncoded: boolean): string | undefined {
+function keyOf(xml: string, name: string, isEncoded: boolean): string | undefined {
   const text = unescapeXml(fieldOf(xml, name) ?? "");
   // What is no UTF-8 has been read as this sign.
   if (!isEncoded) return text.includes("\ufffd") ? undefined : text;
@@ -114,22 +156,70 @@ export function keyOf(xml: string, name: string, isEncoded: boolean): string | u
   }
 }
 
-export function pageOf(xml: string): ListPage {
+/** The one element of which an answer consists. Throws `BadAnswer` where it is another, or is cut. */
+export function checkXml(xml: string, name: string): void {
+  const root = xml.replace(/^(?:\s|<\?[^>]*>)*/, "").trimEnd();
+  const isNamed = root.startsWith(`<${name}`) && /[\s/>]/.test(root[name.length + 1] ?? "");
+  const isWhole = root.endsWith(`</${name}>`) || (root.endsWith("/>") && !root.includes(">", root.indexOf("/>") + 2));
+  if (!isNamed || !isWhole) throw badAnswer(`no whole ${name}, but ${shown(xml)}`);
+}
+
+/** Throws `BadAnswer` also where a key is not one that was asked for: whoever removes what is listed relies on it. */
+export function pageOf(xml: string, { prefix, token }: { prefix: string; token?: string | undefined }): ListPage {
+  checkXml(xml, "ListBucketResult");
   const isEncoded = isEncodedIn(xml);
+  const checkedKey = (block: string, name: string): string | undefined => {
+    if (fieldOf(block, name) === undefined) throw badAnswer(`an entry without its ${name}`);
+    const key = keyOf(block, name, isEncoded);
+    if (key?.startsWith(prefix) === false) throw badAnswer(`${shown(key)} in the list of ${quote(prefix)}`);
+    return key;
+  };
   const objects: ListedObject[] = [];
   for (const block of blocksOf(xml, "Contents")) {
     objects.push({
-      key: keyOf(block, "Key", isEncoded),
-      size: Number(fieldOf(block, "Size")),
+      key: checkedKey(block, "Key"),
+      size: countIn(fieldOf(block, "Size"), "size"),
       etag: unquote(unescapeXml(fieldOf(block, "ETag") ?? "")),
       modified: fieldOf(block, "LastModified") ?? "",
     });
   }
-  const prefixes = [...blocksOf(xml, "CommonPrefixes")].map((block) => keyOf(block, "Prefix", isEncoded));
-  const isCut = fieldOf(xml, "IsTruncated") === "true";
-  const next = isCut ? unescapeXml(fieldOf(xml, "NextContinuationToken") ?? "") : undefined;
-  if (next === "") throw new S3Error("BadAnswer", 200, "S3 cut a list and did not say where");
+  const prefixes = [...blocksOf(xml, "CommonPrefixes")].map((block) => checkedKey(block, "Prefix"));
+  const next = isCut(xml) ? unescapeXml(fieldOf(xml, "NextContinuationToken") ?? "") : undefined;
+  if (next === "" || (next !== undefined && next === token))
+    throw badAnswer("a list that is cut and does not say where");
   return { objects, prefixes, next };
+}
+
+export interface UploadPage {
+  uploads: { key: string | undefined; uploadId: string; begunMs: number }[];
+  /** To go on with. */
+  next: { key: string; id: string } | undefined;
+}
+
+/** `token`: where this page begins. */
+export function uploadsOf(xml: string, prefix: string, token: UploadPage["next"]): UploadPage {
+  checkXml(xml, "ListMultipartUploadsResult");
+  const uploads: UploadPage["uploads"] = [];
+  for (const block of blocksOf(xml, "Upload")) {
+    const [key, uploadId] = [keyOf(block, "Key", false), unescapeXml(fieldOf(block, "UploadId") ?? "")];
+    if (uploadId === "" || key?.startsWith(prefix) === false)
+      throw badAnswer(`an upload of ${shown(key)} among those of ${quote(prefix)}`);
+    uploads.push({ key, uploadId, begunMs: Date.parse(fieldOf(block, "Initiated") ?? "") });
+  }
+  if (!isCut(xml)) return { uploads, next: undefined };
+  const [key = "", id = ""] = ["NextKeyMarker", "NextUploadIdMarker"].map((name) =>
+    unescapeXml(fieldOf(xml, name) ?? ""),
+  );
+  const isSame = key === token?.key && id === token?.id;
+  if (key === "" || isSame) throw badAnswer("a list that is cut and does not say where");
+  return { uploads, next: { key, id } };
+}
+
+/** Whether there is more behind a page. */
+function isCut(xml: string): boolean {
+  const text = fieldOf(xml, "IsTruncated") ?? "false";
+  if (text !== "true" && text !== "false") throw badAnswer(`a list that is cut: ${shown(text)}`);
+  return text === "true";
 }
 
 /** An answer to HEAD has no words: its status has to do. */

@@ -2,10 +2,14 @@
 
 import { heapStats } from "bun:jsc";
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { S3 } from "../s3.ts";
-import { TEST_MS } from "./fixtures.ts";
+import { S3, S3Error } from "../s3.ts";
+import { randomBytes, startServer, TEST_MS } from "./fixtures.ts";
+import { type Asked, Gateway } from "./gateway.ts";
+import { codeOf, Talk } from "./talk.ts";
 
 setDefaultTimeout(TEST_MS);
+
+const MIB = 1024 * 1024;
 
 /** What answers as `answer` does; and its client. */
 function gatewayOf(answer: (request: Request) => Response | Promise<Response>) {
@@ -102,3 +106,186 @@ test("uploads() has their keys, from page to page, whatever is in them", async (
   expect(found.map(({ key }) => key)).toEqual(KEYS);
   expect(asked).toEqual([null, "%41+", "a b"]);
 });
+
+// ---------------------------------------------------------------------------------------------------- junk
+
+const xmlOf = (name: string, content = "") => `<${name}>${content}</${name}>`;
+/** A body that has no end. */
+const endless = () => new ReadableStream({ pull: (controller) => controller.enqueue(new Uint8Array(MIB)) });
+const WITH = { headers: { etag: '"e"' } };
+const entry = (content: string) => xmlOf("ListBucketResult", `${xmlOf("Contents", content)}`);
+
+/** What is answered with a status of 200, and is no answer of S3. */
+const JUNK: Record<string, () => Response> = {
+  nothing: () => new Response(""),
+  "a page": () => new Response("<!doctype html><html><body>Sign in</body></html>", WITH),
+  JSON: () => new Response('{"error":"maintenance"}', WITH),
+  bytes: () => new Response(randomBytes(5000) as Uint8Array<ArrayBuffer>, WITH),
+  "an empty element": () => new Response("<Result/>", WITH),
+  "an answer that is cut": () => new Response("<ListBucketResult><Contents><Key>a</Key>", WITH),
+};
+
+const LARGE: Record<string, () => Response> = {
+  "something endless": () => new Response(endless(), WITH),
+  "something large": () => new Response(new Uint8Array(40 * MIB), WITH),
+  "many beginnings": () => new Response("<ListBucketResult>".repeat(500_000), WITH),
+};
+
+/** Answers of the right kind that lack something. */
+const ALMOST: Record<string, [keyof typeof CALLS, () => Response][]> = {
+  "no etag": [
+    ["head", () => new Response(null, { headers: { "content-length": "5" } })],
+    ["put", () => new Response("")],
+    ["putPart", () => new Response("", { headers: { etag: '""' } })],
+    ["readAll", () => new Response("x")],
+    ["copyPart", () => new Response(xmlOf("CopyPartResult"))],
+  ],
+  "no key": [["list", () => new Response(entry("<Size>1</Size><ETag>e</ETag>"))]],
+  "no size": [["list", () => new Response(entry("<Key>prefix/a</Key><ETag>e</ETag>"))]],
+  "a size that is none": [["list", () => new Response(entry("<Key>prefix/a</Key><Size>-1</Size><ETag>e</ETag>"))]],
+  "a size beyond all": [["list", () => new Response(entry(`<Key>prefix/a</Key><Size>${"9".repeat(30)}</Size>`))]],
+  "another's key": [["list", () => new Response(entry("<Key>other/a</Key><Size>1</Size><ETag>e</ETag>"))]],
+  "another's folder": [
+    ["list", () => new Response(xmlOf("ListBucketResult", "<CommonPrefixes><Prefix>b/</Prefix></CommonPrefixes>"))],
+  ],
+  "no end said": [
+    ["list", () => new Response(xmlOf("ListBucketResult", "<IsTruncated>perhaps</IsTruncated>"))],
+    ["list", () => new Response(xmlOf("ListBucketResult", "<IsTruncated>true</IsTruncated>"))],
+    ["uploads", () => new Response(xmlOf("ListMultipartUploadsResult", "<IsTruncated>true</IsTruncated>"))],
+  ],
+  "the same again": [
+    [
+      "list",
+      () =>
+        new Response(
+          xmlOf("ListBucketResult", "<IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>"),
+        ),
+    ],
+    [
+      "uploads",
+      () =>
+        new Response(
+          xmlOf("ListMultipartUploadsResult", "<IsTruncated>true</IsTruncated><NextKeyMarker>k</NextKeyMarker>"),
+        ),
+    ],
+  ],
+  "no id": [
+    ["createUpload", () => new Response(xmlOf("InitiateMultipartUploadResult"))],
+    ["uploads", () => new Response(xmlOf("ListMultipartUploadsResult", "<Upload><Key>prefix/a</Key></Upload>"))],
+  ],
+  "other bytes": [
+    ["read", () => new Response("four", WITH)],
+    ["read", () => new Response(new Uint8Array(100 * MIB), { status: 206, ...WITH })],
+  ],
+};
+
+const CALLS = {
+  head: (s3: S3) => s3.head("prefix/a"),
+  read: (s3: S3) => s3.read("prefix/a", "e", 0, 5),
+  readAll: (s3: S3) => s3.readAll("prefix/a"),
+  put: (s3: S3) => s3.put("prefix/a", "content"),
+  list: (s3: S3) => s3.list("prefix/", { token: "t" }),
+  removeAll: (s3: S3) => s3.removeAll(["prefix/a"]),
+  copy: (s3: S3) => s3.copy("prefix/a", "e", "prefix/b"),
+  createUpload: (s3: S3) => s3.createUpload("prefix/a", "1"),
+  putPart: (s3: S3) => s3.putPart("prefix/a", "id", 1, new Uint8Array(5), "0".repeat(64)),
+  copyPart: (s3: S3) => s3.copyPart("prefix/a", "id", 1, "prefix/b", "e", 0, 5),
+  completeUpload: (s3: S3) => s3.completeUpload("prefix/a", "id", [{ number: 1, etag: "e" }]),
+  uploads: (s3: S3) => Array.fromAsync(s3.uploads("prefix/")),
+};
+
+/** These look at headers alone, whatever comes with them. */
+const HAVE_ETAG = new Set(["head", "put", "putPart", "readAll"]);
+
+async function expectBad(call: keyof typeof CALLS, answer: () => Response): Promise<void> {
+  using gateway = gatewayOf(answer);
+  const error = await CALLS[call](gateway.s3).then(
+    () => "no error",
+    (error) => error,
+  );
+  expect(error).toBeInstanceOf(S3Error);
+  expect([call, error.isPassing, error.message.includes(gateway.endpoint)]).toEqual([call, true, true]);
+}
+
+describe("an answer that is none is an error that may pass, and says who gave it", () => {
+  test.each(Object.entries(JUNK))("%s", async (_, answer) => {
+    const hasEtag = answer().headers.has("etag");
+    const calls = (Object.keys(CALLS) as (keyof typeof CALLS)[]).filter((call) => !hasEtag || !HAVE_ETAG.has(call));
+    await Promise.all(calls.map((call) => expectBad(call, answer)));
+  });
+
+  test.each(Object.entries(LARGE))("%s", async (_, answer) => {
+    await Promise.all((["list", "uploads", "read", "createUpload"] as const).map((call) => expectBad(call, answer)));
+  });
+
+  test.each(Object.entries(ALMOST))("%s", async (_, each) => {
+    await Promise.all(each.map(([call, answer]) => expectBad(call, answer)));
+  });
+
+  test("of what has no end, little is taken", async () => {
+    using gateway = gatewayOf(() => new Response(endless(), WITH));
+    const before = process.memoryUsage().rss;
+    expect(await gateway.s3.readAll("a").catch(({ code }) => code)).toBe("BadAnswer");
+    expect(process.memoryUsage().rss - before).toBeLessThan(400 * MIB);
+  });
+});
+
+describe("a server whose gateway talks nonsense", () => {
+  test("says `busy`, loses nothing, ends no process, and is well again when the gateway is", async () => {
+    using gateway = new Gateway();
+    const all = ["a", "d/b", "d/c", "d/e/f"];
+    for (const key of all) gateway.set(key, `content of ${key}`, "1.5");
+    await using server = await startServer("s3://tests", { args: ["--writable"], env: gateway.env });
+    const workers = server.workers().sort();
+    const asks: [string, (talk: Talk) => Promise<unknown>][] = [
+      ["stat", (talk) => talk.stat("a")],
+      ["get", (talk) => talk.get("a")],
+      ["list", (talk) => talk.list()],
+      ["put", (talk) => talk.put("new", "content", { noClobber: true })],
+      ["put whole", (talk) => talk.put("new", "content", { whole: true })],
+      ["large put", (talk) => talk.put("large", randomBytes(9 * MIB), { id: "0".repeat(32) })],
+      ["sums", (talk) => talk.peer.sums("0".repeat(32), "")],
+      ["remove", (talk) => talk.remove("a")],
+      ["remove folder", (talk) => talk.remove("d", true)],
+      ["move", (talk) => talk.move("a", "moved")],
+      ["move folder", (talk) => talk.move("d", "moved")],
+      ["mkdir", (talk) => talk.mkdir("folder")],
+    ];
+    const ask = async (what: (talk: Talk) => Promise<unknown>) => {
+      using talk = await Talk.to(server.port);
+      return await codeOf(what(talk));
+    };
+    for (const name of ["nothing", "a page", "an answer that is cut"]) {
+      const answer = JUNK[name]!;
+      gateway.interfere = () => {
+        const response = answer();
+        // With one, it could be an object.
+        response.headers.delete("etag");
+        return response;
+      };
+      const codes = await Promise.all(asks.map(async ([what, work]) => [name, what, await ask(work)]));
+      expect(codes).toEqual(asks.map(([what]) => [name, what, "busy"]));
+      using talk = await Talk.to(server.port);
+      expect((await talk.status()).problem).toContain(gateway.endpoint);
+    }
+    gateway.interfere = () => undefined;
+    expect(gateway.keys.filter((key) => !key.startsWith(".reprise/"))).toEqual(all);
+    for (const key of all) {
+      using talk = await Talk.to(server.port);
+      expect((await talk.get(key)).content.toString()).toBe(`content of ${key}`);
+    }
+    // Answers to what changes something are junk, one kind at a time, and all else is well.
+    for (const isIt of [isCopy, isMultiDelete]) {
+      gateway.interfere = (asked) => (isIt(asked) ? JUNK["a page"]!() : undefined);
+      expect([await ask((talk) => talk.move("d", "moved")), gateway.objects.has("d/b")]).toEqual(["busy", true]);
+      gateway.interfere = () => undefined;
+      using talk = await Talk.to(server.port);
+      if (gateway.objects.has("moved/b")) await talk.remove("moved", true);
+    }
+    expect(server.workers().sort()).toEqual(workers);
+    expect(server.log.filter(({ event }) => event === "bug")).toEqual([]);
+  });
+});
+
+const isCopy = ({ headers }: Asked) => headers.has("x-amz-copy-source");
+const isMultiDelete = ({ query }: Asked) => query.has("delete");
