@@ -7,6 +7,7 @@
  */
 import { readFileSync } from "node:fs";
 import { isLoopback, sleep } from "./connection.ts";
+import { checkAnswer, checkLength, checkWatched, textsOf, wholeTextOf } from "./etcdanswers.ts";
 import { quote, RepriseError } from "./protocol.ts";
 
 /** For one answer; a member that has been stopped gives none. */
@@ -16,8 +17,6 @@ const PATIENCE_MS = 4_000;
 const FIRST_PAUSE_MS = 50;
 const LAST_PAUSE_MS = 500;
 const DEFAULT_PORT = 2379;
-/** Characters of one message of a watch: etcd cuts them at 2 MiB, before base64. */
-const MAX_LINE_CHARACTERS = 16 * 1024 * 1024;
 const MAX_TEXT = 200;
 
 /** Where a cluster's ledger is, and how one gets in. */
@@ -292,11 +291,12 @@ export class Etcd {
     return this.#authorized(endpoint, (headers) =>
       this.#timed(signal, async (signal) => {
         const response = await this.#send(endpoint, path, body, { headers, signal });
-        const text = await response.text();
+        const text = await wholeTextOf(response);
         if (!response.ok) throw refusal(response.status, text);
         const answer = parsed(text);
         // What is a stream to etcd says so in its first line.
         if (answer.error) throw refusal(response.status, JSON.stringify(answer.error));
+        checkAnswer(path, body, answer);
         return answer as T;
       }),
     );
@@ -317,13 +317,14 @@ export class Etcd {
       const response = await this.#authorized(endpoint, (headers) =>
         this.#timedStart(ended, async () => {
           const response = await this.#send(endpoint, "/v3/watch", body, { headers, signal: ended.signal });
-          if (!response.ok) throw refusal(response.status, await response.text());
+          if (!response.ok) throw refusal(response.status, await wholeTextOf(response));
           return response;
         }),
       );
-      for await (const line of linesOf(response.body!, onBytes)) {
-        const { result, error } = parsed(line) as { result?: Watched; error?: object };
-        if (!result) throw refusal(500, JSON.stringify(error ?? {}));
+      for await (const line of linesOf(response, onBytes)) {
+        const { result, error } = parsed(line);
+        if (error) throw refusal(500, JSON.stringify(error));
+        checkWatched(result);
         if (result.canceled && isAboutToken(result.cancel_reason ?? "")) this.#token = undefined;
         yield result;
       }
@@ -437,8 +438,8 @@ export class Etcd {
     const body = { name: user, password };
     return this.#timed(undefined, async (signal) => {
       const response = await this.#send(endpoint, "/v3/auth/authenticate", body, { headers: {}, signal });
-      const text = await response.text();
-      if (response.ok) return String(parsed(text).token ?? "");
+      const text = await wholeTextOf(response);
+      if (response.ok) return tokenIn(text);
       if (/authentication is not enabled/.test(text)) return "";
       const error = refusal(response.status, text);
       if (error.code !== "denied") throw error;
@@ -451,16 +452,14 @@ export class Etcd {
 type Headers = { [name: string]: string };
 type Answer = { [name: string]: unknown };
 
-async function* linesOf(body: ReadableStream<Uint8Array>, onBytes: () => void): AsyncGenerator<string> {
-  const decoder = new TextDecoder();
+async function* linesOf(response: Response, onBytes: () => void): AsyncGenerator<string> {
   const parts: string[] = [];
   let characters = 0;
-  for await (const chunk of body as unknown as AsyncIterable<Uint8Array>) {
+  for await (const text of textsOf(response)) {
     onBytes();
-    const lines = decoder.decode(chunk, { stream: true }).split("\n");
+    const lines = text.split("\n");
     for (const [at, line] of lines.entries()) {
-      characters += line.length;
-      if (characters > MAX_LINE_CHARACTERS) throw new RepriseError("failed", "etcd sends a message that has no end");
+      characters = checkLength(characters + line.length);
       parts.push(line);
       if (at === lines.length - 1) break;
       const whole = parts.splice(0).join("");
@@ -470,10 +469,18 @@ async function* linesOf(body: ReadableStream<Uint8Array>, onBytes: () => void): 
   }
 }
 
+/** "" where there is none. */
+function tokenIn(text: string): string {
+  const { token = "" } = parsed(text);
+  // It goes into a header.
+  if (typeof token === "string" && /^[\x21-\x7e]*$/.test(token)) return token;
+  throw new RepriseError("busy", "what it calls a token is none");
+}
+
 function parsed(text: string): Answer {
   try {
     const value = JSON.parse(text);
-    if (typeof value === "object" && value !== null) return value;
+    if (typeof value === "object" && value !== null && !Array.isArray(value)) return value;
   } catch {
     // As if it were another value.
   }

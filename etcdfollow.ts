@@ -19,7 +19,7 @@ import {
   unreachable,
   type Watched,
 } from "./etcd.ts";
-import { isCount, type Keys, keyIn, objectIn, revisionOf, textOf } from "./etcdkeys.ts";
+import { countIn, isCount, type Keys, keyIn, objectIn, revisionOf } from "./etcdkeys.ts";
 import type { Record, Stretch } from "./ledger.ts";
 import { LEASE_MS } from "./link.ts";
 import { RepriseError } from "./protocol.ts";
@@ -262,7 +262,7 @@ export class Follower {
     const { header, responses } = await etcd.callAt<TxnAnswer>(endpoint, "/v3/kv/txn", body, signal);
     const [ledger, pruned, members, newest] = responses!.map(({ response_range }) => response_range?.kvs ?? []);
     const upTo = Number(header.revision);
-    const forgotten = pruned![0] ? Number(textOf(pruned![0])) : 0;
+    const forgotten = countIn(pruned![0]);
     if (!ledger![0] || objectIn(ledger![0])?.id !== id) return void (await this.#reopen());
     if (upTo < this.#position || this.#isMissing(newest?.[0], forgotten)) {
       this.#renewed(await this.#options.renew());
@@ -353,7 +353,7 @@ export class Follower {
       if (type === "DELETE") this.#members.delete(node);
       else this.#setMember(kv);
       this.#options.following.onBeat?.(node);
-    } else if (key === keys.pruned && type !== "DELETE") setPruned(Number(textOf(kv)));
+    } else if (key === keys.pruned && type !== "DELETE") setPruned(countIn(kv));
     // What has become of it is asked of etcd, at the next beginning.
     else if (key === keys.ledger && (type === "DELETE" || objectIn(kv)?.id !== id))
       this.#attempt.abort(new RepriseError("busy", "the log of the cluster has begun anew"));

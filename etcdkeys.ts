@@ -48,6 +48,12 @@ export function revisionOf(kv: KeyValue | undefined): number {
   return Number(kv?.mod_revision ?? 0);
 }
 
+/** Written as text; 0 where there is none. */
+export function countIn(kv: KeyValue | undefined): number {
+  const count = kv ? Number(textOf(kv)) : 0;
+  return isCount(count) ? count : 0;
+}
+
 export function objectIn(kv: KeyValue): { [name: string]: unknown } | undefined {
   try {
     const value = JSON.parse(textOf(kv));

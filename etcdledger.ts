@@ -32,6 +32,7 @@ import {
 } from "./etcd.ts";
 import { Follower, type Following, type LiveMember, PIECE } from "./etcdfollow.ts";
 import {
+  countIn,
   inOrder,
   isCount,
   Keys,
@@ -145,9 +146,10 @@ export class EtcdLedger implements Ledger {
       failure: read,
     });
     const [facts, word, upTo] = responses!.slice(-3).map(({ response_range }) => response_range?.kvs?.[0]);
-    this.#use(facts!);
+    if (!facts) throw new RepriseError("busy", "etcd does not have what it has just been given");
+    this.#use(facts);
     this.#secret = word ? textOf(word) : await this.#makeSecret();
-    this.#pruned = upTo ? Number(textOf(upTo)) : 0;
+    this.#pruned = countIn(upTo);
   }
 
   async #checkMade(): Promise<void> {
@@ -165,7 +167,9 @@ export class EtcdLedger implements Ledger {
       success: [made, get(secret)],
       failure: [get(secret)],
     });
-    return textOf(responses!.at(-1)!.response_range!.kvs![0]!);
+    const [word] = responses!.at(-1)!.response_range?.kvs ?? [];
+    if (!word) throw new RepriseError("busy", "etcd does not have what it has just been given");
+    return textOf(word);
   }
 
   #use(ledger: KeyValue): void {
@@ -276,7 +280,7 @@ export class EtcdLedger implements Ledger {
 
   async read(after: number, limit: number, isWithinSnapshot = false): Promise<Stretch> {
     const [pruned] = (await this.#etcd.range({ key: encoded(this.#keys.pruned) })).kvs ?? [];
-    this.#pruned = pruned ? Number(textOf(pruned)) : 0;
+    this.#pruned = countIn(pruned);
     const start = startOf(this.#pruned, after, isWithinSnapshot);
     const records = await this.records(start.after, limit);
     const revision = Math.max(records.at(-1)?.revision ?? 0, start.after, this.#pruned);
@@ -294,6 +298,8 @@ export class EtcdLedger implements Ledger {
       records.push(...this.#recordsIn(more ? kvs.filter((kv) => revisionOf(kv) < last) : kvs));
       this.#hear(records.at(-1)?.revision ?? 0);
       if (!more) break;
+      // No revision has as many records as were asked for.
+      if (last - 1 <= start) throw new RepriseError("busy", "etcd gives the same records again");
       start = last - 1;
     }
     const end = records.findIndex(({ revision }, at) => at >= limit && revision > records[at - 1]!.revision);
@@ -452,7 +458,7 @@ export class EtcdLedger implements Ledger {
       });
       const [upTo, ...found] = read.responses!.map(({ response_range }) => response_range?.kvs?.[0]);
       const compare = [unchanged(ledger, this.#ledgerRevision), unchanged(pruned, revisionOf(upTo))];
-      const success = [put(pruned, String(Math.max(passed, upTo ? Number(textOf(upTo)) : 0)))];
+      const success = [put(pruned, String(Math.max(passed, countIn(upTo))))];
       for (const [at, path] of paths.entries()) {
         const [marker, record] = [revisionOf(found[2 * at]), revisionOf(found[2 * at + 1])];
         if (marker === 0 || marker > passed) continue;
