@@ -12,7 +12,16 @@
  * Not shown are keys that no path can name. Where a key is a file and has others behind it, the file is shown.
  */
 import type { Cache, Origin } from "./cache.ts";
-import { type Entry, MAX_SEGMENT_BYTES, type Meta, quote, RepriseError, splitPath, UNKNOWN_SIZE } from "./protocol.ts";
+import {
+  type Entry,
+  type ErrorCode,
+  MAX_SEGMENT_BYTES,
+  type Meta,
+  quote,
+  RepriseError,
+  splitPath,
+  UNKNOWN_SIZE,
+} from "./protocol.ts";
 import { type ListedObject, type ListPage, type ObjectInfo, S3, S3Error, type S3Settings } from "./s3.ts";
 import { isHidden, join, type OpenFile, type Root } from "./storage.ts";
 
@@ -44,6 +53,8 @@ export interface BucketOptions {
   cache?: Cache | undefined;
   /** Told of what whoever runs the server should know, a line at a time. */
   say?: (path: string | undefined, what: string) => void;
+  /** Told why the storage has refused something, or failed, which the peer is not. */
+  tellWhy?: (path: string, code: ErrorCode, why: string) => void;
   env?: Record<string, string | undefined>;
 }
 
@@ -103,15 +114,18 @@ export class Bucket {
   /** Downloads that are under way. */
   readers = 0;
   readonly #say: (path: string | undefined, what: string) => void;
+  readonly #tellWhy: (path: string, code: ErrorCode, why: string) => void;
   readonly #saidKeys = new Set<string | undefined>();
   #problem: string | undefined;
 
-  constructor(s3: S3, prefix: string, { maxUpload = UNKNOWN_SIZE, cache, say = () => {} }: BucketOptions) {
+  constructor(s3: S3, prefix: string, options: BucketOptions) {
+    const { maxUpload = UNKNOWN_SIZE, cache, say = () => {}, tellWhy = () => {} } = options;
     this.s3 = s3;
     this.prefix = prefix;
     this.maxUpload = maxUpload;
     this.cache = cache;
     this.#say = say;
+    this.#tellWhy = tellWhy;
     this.root = new BucketRoot(this, "");
   }
 
@@ -145,7 +159,8 @@ export class Bucket {
   errorOf(error: unknown, path: string): unknown {
     if (!(error instanceof S3Error)) return error;
     const [code, text] = wordsFor(error, quote(path));
-    if (code === "busy" || code === "failed") this.#note(this.#explain(error));
+    if (code === "busy") this.#note(this.#explain(error));
+    else if (!IS_ANSWER.has(code)) this.#tellWhy(path, code, error.why);
     return new RepriseError(code, text, error);
   }
 
@@ -192,7 +207,10 @@ export class Bucket {
   }
 }
 
-function wordsFor({ code, isPassing }: S3Error, name: string): ["busy" | "failed", string] | [ErrorWord, string] {
+/** What says nothing of the storage, but of what was asked for. */
+const IS_ANSWER: ReadonlySet<string> = new Set(["not_found", "changed", "bad_name"]);
+
+function wordsFor({ code, isPassing }: S3Error, name: string): [ErrorCode, string] {
   if (isPassing) return ["busy", "the server's storage does not answer; try again in a moment"];
   switch (code) {
     case "NoSuchKey":
@@ -215,7 +233,6 @@ function wordsFor({ code, isPassing }: S3Error, name: string): ["busy" | "failed
       return ["failed", `the server's storage failed over ${name}`];
   }
 }
-type ErrorWord = "not_found" | "changed" | "refused" | "bad_name" | "too_large" | "no_room";
 
 /** Bytes that many share. What is given back goes to who has waited longest. */
 export class Budget {

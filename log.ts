@@ -36,21 +36,25 @@ export interface LogFields {
   ms?: number | undefined;
   /** How many of them. */
   count?: number | undefined;
+  /** What somebody else has said is the reason. */
+  why?: string | undefined;
 }
 
 /** One line on stderr. These fields are a contract: `time event peer worker path offset bytes ms status`. */
 export function log(settings: LogSettings, fields: LogFields): void {
-  const { event, peer, token, path, to, offset, bytes, ms, status, count } = fields;
+  const { event, peer, token, path, to, offset, bytes, ms, status, count, why } = fields;
   const { worker } = settings;
   if (settings.log === "json") {
-    writeLine(toJson({ time: timeNow(), event, peer, worker, token, path, to, offset, bytes, ms, status, count }));
+    writeLine(toJson({ time: timeNow(), event, peer, worker, token, path, to, offset, bytes, ms, status, count, why }));
     return;
   }
   const what = [event, ...[path, to].filter((name) => name !== undefined).map((name) => quote(name))].join(" ");
   const who = token === undefined ? (peer ?? "-") : `${peer} ${token}`;
   const figures = bytes === undefined ? "" : ` from ${offset ?? 0}: ${bytes} bytes in ${ms} ms`;
   const often = count === undefined ? "" : event === "reload" ? `: ${count}` : `, ${count} further times`;
-  say("info", `${new Date().toLocaleTimeString("en-GB")} [${worker}] ${who} ${what}${figures}, ${status}${often}`);
+  const because = why === undefined ? "" : `: ${why}`;
+  const time = new Date().toLocaleTimeString("en-GB");
+  say("info", `${time} [${worker}] ${who} ${what}${figures}, ${status}${because}${often}`);
 }
 
 const refusals = new Map<string, number>();

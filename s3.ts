@@ -41,6 +41,8 @@ const MAX_KEYS = 1000;
 /** An answer is a page of a list at the most: 1,000 keys of 1,024 bytes, encoded; but for content, of which it is known. */
 const MAX_ANSWER_BYTES = 16 * 1024 * 1024;
 const MIB = 1024 * 1024;
+/** Characters of a request's id that are shown. */
+const MAX_ID = 100;
 export interface S3Settings {
   bucket: string;
   region: string;
@@ -297,10 +299,10 @@ export class S3 {
 
   /** An answer that is XML. An error may come with a status of 200 where S3 took long. */
   #xml<T>(call: Call, read: (xml: string) => T): Promise<T> {
-    return this.#call({ ...call, answerBytes: MIB }, ({ body }) => {
+    return this.#call({ ...call, answerBytes: MIB }, ({ headers, body }) => {
       const text = new TextDecoder().decode(body);
       const error = /^(?:\s|<\?[^>]*>)*<Error>/.test(text) ? fieldOf(text, "Error") : undefined;
-      if (error !== undefined) throw errorOfXml(500, error, call.method);
+      if (error !== undefined) throw this.#refusal(500, error, call, headers);
       return read(text);
     });
   }
@@ -326,19 +328,14 @@ export class S3 {
   }
 
   /** An answer that is none: who gave it, and to what. */
-  #named(error: unknown, { method, key }: Call): unknown {
+  #named(error: unknown, call: Call): unknown {
     if (!isBadAnswer(error)) return error;
-    const what = `${method} ${key === "" ? this.settings.bucket : quote(key)}`;
-    return new S3Error(
-      error.code,
-      error.status,
-      `${this.address} does not answer ${what} as S3 does: ${error.message}`,
-      error,
-    );
+    const what = `${this.address} does not answer ${this.#nameOf(call)} as S3 does`;
+    return new S3Error(error.code, error.status, `${what}: ${this.#tamed(error.message)}`, { cause: error });
   }
 
   async #try(call: Call, withinMs: number): Promise<Answer> {
-    const { method, key, body, limits, mostBytes = MAX_ANSWER_BYTES } = call;
+    const { method, body, limits, mostBytes = MAX_ANSWER_BYTES } = call;
     const url = this.#urlOf(call);
     const { signal, done } = until(withinMs, limits?.signal);
     let response: Response;
@@ -349,13 +346,40 @@ export class S3 {
       content = method === "HEAD" ? NOTHING : await bodyOf(response, response.ok ? mostBytes : MIB);
     } catch (error) {
       if (error instanceof S3Error) throw error;
-      throw new S3Error("Unreachable", 0, `${this.address} does not answer: ${reasonOf(error)}`, error);
+      throw new S3Error("Unreachable", 0, `${this.address} does not answer: ${reasonOf(error)}`, { cause: error });
     } finally {
       done();
     }
     if (response.ok) return { headers: response.headers, body: content };
-    const what = `${method} ${key === "" ? this.settings.bucket : quote(key)}`;
-    throw errorOfXml(response.status, new TextDecoder().decode(content.subarray(0, 64 * 1024)), what);
+    throw this.#refusal(
+      response.status,
+      new TextDecoder().decode(content.subarray(0, 64 * 1024)),
+      call,
+      response.headers,
+    );
+  }
+
+  /** What S3 says in place of an answer. */
+  #refusal(status: number, xml: string, call: Call, headers: Headers): S3Error {
+    const requestId = headers.get("x-amz-request-id") ?? undefined;
+    return errorOfXml(
+      status,
+      this.#tamed(xml),
+      this.#nameOf(call),
+      requestId && this.#tamed(requestId).slice(0, MAX_ID),
+    );
+  }
+
+  #nameOf({ method, key }: Call): string {
+    return `${method} ${key === "" ? this.settings.bucket : quote(key)}`;
+  }
+
+  /** A text of somebody else, who may repeat what was sent: it goes to the log, and there no secret, nor a signature. */
+  #tamed(text: string): string {
+    const { secretAccessKey, sessionToken } = this.settings;
+    const secrets = [secretAccessKey, ...(sessionToken ? [sessionToken] : [])];
+    const hidden = secrets.reduce((text, secret) => text.replaceAll(secret, "…"), text);
+    return hidden.replace(/[0-9a-f]{64}/gi, "…").replace(/\p{Cc}+/gu, " ");
   }
 
   #urlOf({ key, query = {} }: Call): string {

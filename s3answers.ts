@@ -53,13 +53,26 @@ export class S3Error extends Error {
   readonly code: string;
   /** 0 without an answer. */
   readonly status: number;
+  /** What S3 calls the request, for who asks there. */
+  readonly requestId: string | undefined;
   /** It was not the first try: one before it may have come to its end unheard. */
   isRetried = false;
-  constructor(code: string, status: number, message: string, cause?: unknown) {
-    super(message, cause === undefined ? undefined : { cause });
+  constructor(
+    code: string,
+    status: number,
+    message: string,
+    more: { cause?: unknown; requestId?: string | undefined } = {},
+  ) {
+    super(message, more.cause === undefined ? undefined : { cause: more.cause });
     this.name = "S3Error";
     this.code = code;
     this.status = status;
+    this.requestId = more.requestId;
+  }
+
+  /** All that is known of why, in a line for the log. */
+  get why(): string {
+    return `${this.message} (status ${this.status}${this.requestId === undefined ? "" : `, request ${this.requestId}`})`;
   }
 
   /** It may be right a moment later, and is not about what was asked for. */
@@ -223,10 +236,12 @@ function isCut(xml: string): boolean {
 }
 
 /** An answer to HEAD has no words: its status has to do. */
-export function errorOfXml(status: number, xml: string, what: string): S3Error {
+export function errorOfXml(status: number, xml: string, what: string, requestId?: string): S3Error {
   const code = unescapeXml(fieldOf(xml, "Code") ?? "") || (CODES[status] ?? `Status${status}`);
   const message = unescapeXml(fieldOf(xml, "Message") ?? "");
-  return new S3Error(code, status, `${what}: ${code}${message && message !== code ? `: ${message}` : ""}`);
+  return new S3Error(code, status, `${what}: ${code}${message && message !== code ? `: ${message}` : ""}`, {
+    requestId,
+  });
 }
 
 const CODES: Record<number, string> = {

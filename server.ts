@@ -54,7 +54,7 @@ import {
 } from "./hub.ts";
 import { log, logBug, logRefusal } from "./log.ts";
 import { version } from "./package.json";
-import { DEFAULT_PORT, encodeError, MAX_HELLO_BYTES, quote, RepriseError } from "./protocol.ts";
+import { DEFAULT_PORT, type ErrorCode, encodeError, MAX_HELLO_BYTES, quote, RepriseError } from "./protocol.ts";
 import { readCertificateOf, readSecrets, readTokensOf, type Secrets } from "./secrets.ts";
 import { Session, type Settings, STAGED_DESCRIPTORS, uploadPool, type Worker } from "./session.ts";
 import { noRoot, openFolder } from "./storage.ts";
@@ -141,7 +141,9 @@ function openStorage(settings: Settings, { versions: etags }: Hub): Pick<Worker,
     return { root: openFolder(root, etags), changes };
   }
   const say = (path: string | undefined, status: string) => log(settings, { event: "storage", status, path });
-  const bucket = openBucket(root, { maxUpload, say, cache: openCache(settings) });
+  const tellWhy = (path: string, status: ErrorCode, why: string) =>
+    logRefusal(settings, { event: "storage", status, path, why });
+  const bucket = openBucket(root, { maxUpload, say, tellWhy, cache: openCache(settings) });
   return { root: bucket.root, changes: writable ? openBucketChanges(bucket) : undefined };
 }
 

@@ -54,6 +54,7 @@ export interface LogLine {
   bytes?: number;
   ms?: number;
   count?: number;
+  why?: string;
   time?: string;
 }
 

@@ -3,8 +3,8 @@
 import { heapStats } from "bun:jsc";
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { S3, S3Error } from "../s3.ts";
-import { randomBytes, startServer, TEST_MS } from "./fixtures.ts";
-import { type Asked, Gateway } from "./gateway.ts";
+import { randomBytes, startServer, TEST_MS, waitFor } from "./fixtures.ts";
+import { type Asked, failure, Gateway } from "./gateway.ts";
 import { codeOf, Talk } from "./talk.ts";
 
 setDefaultTimeout(TEST_MS);
@@ -289,3 +289,35 @@ describe("a server whose gateway talks nonsense", () => {
 
 const isCopy = ({ headers }: Asked) => headers.has("x-amz-copy-source");
 const isMultiDelete = ({ query }: Asked) => query.has("delete");
+
+test("what S3 says is wrong is in the log, with the request's id, and no secret", async () => {
+  using gateway = new Gateway();
+  gateway.set("f", "content");
+  await using server = await startServer("s3://tests", { args: ["--writable", "--workers", "1"], env: gateway.env });
+  using talk = await Talk.to(server.port);
+  const cases: [number, string, string, string, () => Promise<unknown>][] = [
+    [400, "InvalidArgument", "PUT", "failed", () => talk.put("p", "content")],
+    [403, "AccessDenied", "PUT", "refused", () => talk.put("q", "content", { whole: true })],
+    [400, "EntityTooLarge", "PUT", "too_large", () => talk.put("r", "content")],
+    [403, "SignatureDoesNotMatch", "DELETE", "failed", () => talk.remove("f")],
+    [418, "", "GET", "failed", () => talk.get("f")],
+  ];
+  let sent = "";
+  for (const [status, code, method, answer, work] of cases) {
+    gateway.interfere = (asked) => {
+      if (asked.method !== method || (method === "GET" && asked.key === "") || asked.key.includes(".reprise")) return;
+      sent = [...asked.headers.values(), "THE-SECRET"].join("\n");
+      return failure(status, code, `we do not like\n${sent}`, { "x-amz-request-id": `request-${status}-${code}` });
+    };
+    expect(await codeOf(work())).toBe(answer);
+    const line = await waitFor("it is in the log", () =>
+      server.log.find(({ event, why }) => event === "storage" && why?.includes(`request-${status}-${code})`)),
+    );
+    expect(line.status).toBe(answer);
+    expect(line.path).toMatch(/^[pqrf]$/);
+    expect(line.why).toContain(`${method} "${line.path}": ${code || `Status${status}`}: we do not like`);
+    expect(line.why).toContain(`status ${status}`);
+  }
+  const signature = /Signature=([0-9a-f]{64})/.exec(sent)![1]!;
+  for (const secret of ["THE-SECRET", "THE-TOKEN", signature]) expect(server.stderr()).not.toContain(secret);
+});
