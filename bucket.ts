@@ -22,7 +22,15 @@ import {
   splitPath,
   UNKNOWN_SIZE,
 } from "./protocol.ts";
-import { type ListedObject, type ListPage, type ObjectInfo, S3, S3Error, type S3Settings } from "./s3.ts";
+import {
+  type ListedObject,
+  type ListPage,
+  type ObjectInfo,
+  type RequestLimits,
+  S3,
+  S3Error,
+  type S3Settings,
+} from "./s3.ts";
 import { isHidden, join, type OpenFile, type Root } from "./storage.ts";
 
 export const MAX_KEY_BYTES = 1024;
@@ -45,6 +53,8 @@ const TIMES_TOGETHER = 8;
 const MAX_SAID_KEYS = 100;
 /** How long the question whether S3 answers may take. */
 const CHECK_MS = 3_000;
+/** What had no room is said for so long, though there be room for less. */
+const FULL_MS = 60_000;
 
 export interface BucketOptions {
   /** Bytes of the largest file that is taken. */
@@ -55,7 +65,17 @@ export interface BucketOptions {
   say?: (path: string | undefined, what: string) => void;
   /** Told why the storage has refused something, or failed, which the peer is not. */
   tellWhy?: (path: string, code: ErrorCode, why: string) => void;
+  /** Told what keeps files from being stored, for the other workers to `hear`; undefined when they are stored again. */
+  tellRefusal?: (refusal: Refusal | undefined) => void;
   env?: Record<string, string | undefined>;
+}
+
+/** What keeps files from being stored. */
+export interface Refusal {
+  problem: string;
+  isFull: boolean;
+  /** By the clock. */
+  at: number;
 }
 
 export function isBucket(root: string): boolean {
@@ -117,15 +137,18 @@ export class Bucket {
   readonly #tellWhy: (path: string, code: ErrorCode, why: string) => void;
   readonly #saidKeys = new Set<string | undefined>();
   #problem: string | undefined;
+  readonly #tellRefusal: (refusal: Refusal | undefined) => void;
+  #refusal: Refusal | undefined;
 
   constructor(s3: S3, prefix: string, options: BucketOptions) {
-    const { maxUpload = UNKNOWN_SIZE, cache, say = () => {}, tellWhy = () => {} } = options;
+    const { maxUpload = UNKNOWN_SIZE, cache, say = () => {}, tellWhy = () => {}, tellRefusal = () => {} } = options;
     this.s3 = s3;
     this.prefix = prefix;
     this.maxUpload = maxUpload;
     this.cache = cache;
     this.#say = say;
     this.#tellWhy = tellWhy;
+    this.#tellRefusal = tellRefusal;
     this.root = new BucketRoot(this, "");
   }
 
@@ -133,32 +156,81 @@ export class Bucket {
   async check(isWritten: boolean): Promise<void> {
     try {
       await this.s3.list(this.prefix, { max: 1 });
-      if (!isWritten) return;
-      const key = `${this.prefix}.reprise/try-${crypto.randomUUID()}`;
-      await this.s3.put(key, "");
-      await this.s3.remove(key);
+      if (isWritten) await this.s3.remove(await this.#tryToWrite());
     } catch (error) {
       if (!(error instanceof S3Error)) throw error;
+      // What is there can be read, and removed.
+      if (error.isFull) return;
       throw new RepriseError(error.isPassing ? "busy" : "refused", this.#explain(error), error);
     }
   }
 
+  /** Returns the key that is there then. */
+  async #tryToWrite(limits?: RequestLimits): Promise<string> {
+    const key = `${this.prefix}.reprise/try-${crypto.randomUUID()}`;
+    await this.s3.put(key, "", {}, limits);
+    return key;
+  }
+
   /** What is wrong with the storage at this moment, for the server's status. */
   async problem(): Promise<string | undefined> {
+    const limits = { withinMs: CHECK_MS };
+    const [unread, unwritten] = await Promise.all([
+      this.#failureOf(() => this.s3.list(this.prefix, { max: 1 }, limits)),
+      // Nothing is written to a storage that is known to be well.
+      this.#refusal && this.#failureOf(() => this.#tryToWrite(limits).then((key) => this.#removeInTime(key))),
+    ]);
+    if (!unread && !unwritten) this.#noteWell();
+    const failure = unread ?? unwritten;
+    if (failure) this.#note(this.#explain(failure));
+    else this.#note(this.#refusal?.problem);
+    return this.#problem;
+  }
+
+  /** Nobody waits for it: what stays is swept. */
+  #removeInTime(key: string): void {
+    this.s3.remove(key).catch(() => {});
+  }
+
+  async #failureOf(work: () => Promise<unknown>): Promise<S3Error | undefined> {
     try {
-      await this.s3.list(this.prefix, { max: 1 }, { withinMs: CHECK_MS });
-      this.#note(undefined);
+      await work();
+      return undefined;
     } catch (error) {
       if (!(error instanceof S3Error)) throw error;
-      this.#note(this.#explain(error));
+      return error;
     }
-    return this.#problem;
+  }
+
+  /** A little was stored. What had no room may have been more than that. */
+  #noteWell(): void {
+    const { isFull = false, at = 0 } = this.#refusal ?? {};
+    if (!isFull || Date.now() - at > FULL_MS) this.noteWritten();
+  }
+
+  /** A file was stored. */
+  noteWritten(): void {
+    if (!this.#refusal) return;
+    this.hear(undefined);
+    this.#tellRefusal(undefined);
+  }
+
+  #noteRefusal(error: S3Error): void {
+    const isNews = this.#refusal?.isFull !== error.isFull;
+    this.hear({ problem: this.#explain(error), isFull: error.isFull, at: Date.now() });
+    if (isNews) this.#tellRefusal(this.#refusal);
+  }
+
+  /** What another worker has been told; or undefined when that has stored something again. */
+  hear(refusal: Refusal | undefined): void {
+    this.#refusal = refusal;
   }
 
   /** What went wrong in words for the peer, which learns nothing of the storage itself. */
   errorOf(error: unknown, path: string): unknown {
     if (!(error instanceof S3Error)) return error;
     const [code, text] = wordsFor(error, quote(path));
+    if (error.isWrite && (error.isFull || error.isPassing)) this.#noteRefusal(error);
     if (code === "busy") this.#note(this.#explain(error));
     else if (!IS_ANSWER.has(code)) this.#tellWhy(path, code, error.why);
     return new RepriseError(code, text, error);
@@ -177,9 +249,11 @@ export class Bucket {
     this.#problem = problem;
   }
 
-  #explain({ code, message }: S3Error): string {
+  #explain({ code, message, isFull, isWrite, status }: S3Error): string {
     const { address, settings } = this.s3;
     const bucket = quote(settings.bucket);
+    if (isFull) return `the storage has no room for files: ${address} says: ${message}`;
+    if (isWrite && status >= 429) return `the storage takes no files now: ${address} says: ${message}`;
     switch (code) {
       case "Unreachable":
         return `the storage cannot be reached: ${message} (AWS_ENDPOINT_URL)`;
@@ -210,7 +284,8 @@ export class Bucket {
 /** What says nothing of the storage, but of what was asked for. */
 const IS_ANSWER: ReadonlySet<string> = new Set(["not_found", "changed", "bad_name"]);
 
-function wordsFor({ code, isPassing }: S3Error, name: string): [ErrorCode, string] {
+function wordsFor({ code, isPassing, isFull }: S3Error, name: string): [ErrorCode, string] {
+  if (isFull) return ["no_room", `no room in the server's storage for ${name}; make room there and put it again`];
   if (isPassing) return ["busy", "the server's storage does not answer; try again in a moment"];
   switch (code) {
     case "NoSuchKey":
@@ -225,10 +300,6 @@ function wordsFor({ code, isPassing }: S3Error, name: string): [ErrorCode, strin
       return ["bad_name", `refused: the server's storage takes no such name: ${name}`];
     case "EntityTooLarge":
       return ["too_large", `refused: ${name} is larger than the server's storage takes`];
-    case "QuotaExceeded":
-    case "InsufficientStorage":
-    case "Status507":
-      return ["no_room", `no room in the server's storage for ${name}; make room there and put it again`];
     default:
       return ["failed", `the server's storage failed over ${name}`];
   }

@@ -248,11 +248,13 @@ class BucketChanges implements Changes {
 
   async #place(upload: BucketUpload, folders: Folders): Promise<Meta> {
     const { request } = upload;
+    const { bucket } = this.#shared;
     await this.#checkTarget(request, folders);
     const { noClobber, etag } = request;
     const conditions = { ifNoneMatch: noClobber ? "*" : undefined, ifMatch: etag || undefined } as const;
     try {
       const meta = await upload.place(conditions);
+      bucket.noteWritten();
       folders.note(request.path, "file");
       return meta;
     } catch (error) {

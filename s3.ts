@@ -165,10 +165,11 @@ export class S3 {
     key: string,
     body: Uint8Array | string,
     { mtime, ifNoneMatch, ifMatch }: { mtime?: string | undefined } & PutConditions = {},
+    limits?: RequestLimits,
   ): Promise<string> {
     const conditions = { "if-none-match": ifNoneMatch, "if-match": ifMatch };
     const headers = { ...conditions, "x-amz-meta-mtime": mtime };
-    return this.#call({ method: "PUT", key, headers, body }, ({ headers }) => etagIn(headers.get("etag")));
+    return this.#call({ method: "PUT", key, headers, body, limits }, ({ headers }) => etagIn(headers.get("etag")));
   }
 
   async list(prefix: string, { delimiter, token, startAfter, max }: ListOptions = {}, limits?: RequestLimits) {
@@ -318,7 +319,10 @@ export class S3 {
         return read(await this.#try(call, Math.min(tryMs, end - startedAt)));
       } catch (caught) {
         const error = this.#named(caught, call);
-        if (error instanceof S3Error) error.isRetried = tries > 1;
+        if (error instanceof S3Error) {
+          error.isRetried = tries > 1;
+          error.isWrite = call.method === "PUT" || (call.method === "POST" && call.key !== "");
+        }
         const waitMs = FIRST_WAIT_MS * 2 ** (tries - 1) * (0.5 + Math.random());
         const isPassing = error instanceof S3Error && error.isPassing && !call.limits?.signal?.aborted;
         if (!isPassing || tries === MAX_TRIES || performance.now() + waitMs >= end) throw error;

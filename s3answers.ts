@@ -17,6 +17,8 @@ const PASSING = new Set([
   "BadAnswer",
   "IncompleteBody",
 ]);
+/** Of a storage that takes nothing more, whatever its status. */
+const FULL = new Set(["QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"]);
 /** Characters that are shown of what should not be there. */
 const MAX_SHOWN = 60;
 
@@ -57,6 +59,8 @@ export class S3Error extends Error {
   readonly requestId: string | undefined;
   /** It was not the first try: one before it may have come to its end unheard. */
   isRetried = false;
+  /** It was about something that is to be stored. */
+  isWrite = false;
   constructor(
     code: string,
     status: number,
@@ -70,6 +74,11 @@ export class S3Error extends Error {
     this.requestId = more.requestId;
   }
 
+  /** There is no room, until somebody makes some. */
+  get isFull(): boolean {
+    return this.status === 507 || FULL.has(this.code);
+  }
+
   /** All that is known of why, in a line for the log. */
   get why(): string {
     return `${this.message} (status ${this.status}${this.requestId === undefined ? "" : `, request ${this.requestId}`})`;
@@ -77,6 +86,7 @@ export class S3Error extends Error {
 
   /** It may be right a moment later, and is not about what was asked for. */
   get isPassing(): boolean {
+    if (this.isFull) return false;
     return this.status === 0 || this.status >= 500 || this.status === 429 || PASSING.has(this.code);
   }
 }

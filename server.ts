@@ -22,7 +22,7 @@ import { existsSync, readFileSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import type { Subprocess, TCPSocketListener } from "bun";
 import { Admission, Gate, type Question, type Reply, type Verdict } from "./admission.ts";
-import { isBucket, openBucket } from "./bucket.ts";
+import { type Bucket, isBucket, openBucket, type Refusal } from "./bucket.ts";
 import { openBucketChanges } from "./bucketput.ts";
 import { CACHE_DESCRIPTORS, Cache } from "./cache.ts";
 import { type Changes, openChanges } from "./changes.ts";
@@ -84,6 +84,11 @@ const SWEEP_MS = 3600 * 1000;
 
 /** From the supervisor to a worker: end when what runs has ended; end now; use these from now on, at first to begin. */
 type Order = "drain" | "stop" | { secrets: Secrets };
+/** From one worker to the others, by way of the supervisor: what keeps files from being stored, undefined for nothing more. */
+interface StorageNews {
+  kind: "storage";
+  refusal?: Refusal | undefined;
+}
 
 // ---------------------------------------------------------------------------------------------------- worker
 
@@ -91,9 +96,10 @@ type Order = "drain" | "stop" | { secrets: Secrets };
 function work(settings: Settings): void {
   const isReplicated = storeOf(settings.root) === FOLDER_STORE && !settings.redirectOnly;
   const hub = new Hub({ ...settings, isReplicated }, (message) => process.send?.(message));
+  const { bucket, ...storage } = openStorage(settings, hub);
   const worker: Worker = {
     settings,
-    ...openStorage(settings, hub),
+    ...storage,
     gate: new Gate((question) => process.send?.(question)),
     hub,
     tokens: undefined,
@@ -116,9 +122,10 @@ function work(settings: Settings): void {
     process.exit(0);
   };
   ignoreSignals();
-  process.on("message", (message: Order | Reply | ForWorker) => {
+  process.on("message", (message: Order | Reply | ForWorker | StorageNews) => {
     if (message === "stop") return stopNow();
     if (message === "drain") return void drain(worker, listener, stopNow);
+    if ("kind" in message && message.kind === "storage") return bucket?.hear(message.refusal);
     if ("kind" in message) return hub.onMessage(message);
     if ("reply" in message) return worker.gate.onReply(message);
     const { tokens, certificate } = message.secrets;
@@ -133,7 +140,10 @@ function work(settings: Settings): void {
 }
 
 /** What is served, and where changes go. */
-function openStorage(settings: Settings, { versions: etags }: Hub): Pick<Worker, "root" | "changes"> {
+function openStorage(
+  settings: Settings,
+  { versions: etags }: Hub,
+): Pick<Worker, "root" | "changes"> & { bucket?: Bucket } {
   const { root, writable, maxUpload } = settings;
   if (settings.redirectOnly) return { root: noRoot(), changes: undefined };
   if (!isBucket(root)) {
@@ -143,8 +153,9 @@ function openStorage(settings: Settings, { versions: etags }: Hub): Pick<Worker,
   const say = (path: string | undefined, status: string) => log(settings, { event: "storage", status, path });
   const tellWhy = (path: string, status: ErrorCode, why: string) =>
     logRefusal(settings, { event: "storage", status, path, why });
-  const bucket = openBucket(root, { maxUpload, say, tellWhy, cache: openCache(settings) });
-  return { root: bucket.root, changes: writable ? openBucketChanges(bucket) : undefined };
+  const tellRefusal = (refusal: Refusal | undefined) => process.send?.({ kind: "storage", refusal });
+  const bucket = openBucket(root, { maxUpload, say, tellWhy, tellRefusal, cache: openCache(settings) });
+  return { bucket, root: bucket.root, changes: writable ? openBucketChanges(bucket) : undefined };
 }
 
 /** A signal to the whole group comes here as well as to the supervisor: only what that then says counts. */
@@ -321,7 +332,7 @@ class Supervisor {
         REPRISE_WORKER: JSON.stringify({ ...this.#settings, worker: number }),
       },
       stdio: ["ignore", "inherit", "inherit"],
-      ipc: (message: "ready" | Question | FromWorker, child) => {
+      ipc: (message: "ready" | Question | FromWorker | StorageNews, child) => {
         if (message !== "ready") return this.#answer(number, child, message);
         listened = true;
         resolve(true);
@@ -342,15 +353,23 @@ class Supervisor {
     return promise;
   }
 
-  #answer(number: number, child: Subprocess, question: Question | FromWorker): void {
+  #answer(number: number, child: Subprocess, question: Question | FromWorker | StorageNews): void {
     // What one that has ended still had to say is forgotten with it.
     if (this.#workers.get(number) !== child) return;
+    if (question.kind === "storage") {
+      this.#tellOthers(child, question);
+      return;
+    }
     if (question.kind === "next" || question.kind === "keeper") {
       this.#keeper.onWorker(number, question);
       return;
     }
     const reply = this.#admission.answer(number, question);
     if (reply) tell(child, reply);
+  }
+
+  #tellOthers(from: Subprocess, news: StorageNews): void {
+    for (const child of this.#workers.values()) if (child !== from) tell(child, news);
   }
 
   /** Of the cluster: a worker, or all of them. */
@@ -450,7 +469,7 @@ function whoMay({ host, tokens, tls, writable, anonymousWrite }: Omit<Settings, 
 }
 
 /** A worker that can't be told any more is ended without. */
-function tell(child: Subprocess, message: Order | Reply | ForWorker): void {
+function tell(child: Subprocess, message: Order | Reply | ForWorker | StorageNews): void {
   try {
     child.send(message);
   } catch {

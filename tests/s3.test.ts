@@ -321,3 +321,68 @@ test("what S3 says is wrong is in the log, with the request's id, and no secret"
   const signature = /Signature=([0-9a-f]{64})/.exec(sent)![1]!;
   for (const secret of ["THE-SECRET", "THE-TOKEN", signature]) expect(server.stderr()).not.toContain(secret);
 });
+
+describe("a bucket that takes no files", () => {
+  const isPut = ({ method, headers }: Asked) => method === "PUT" && !headers.has("x-amz-copy-source");
+
+  async function start(gateway: Gateway, args: string[] = []) {
+    gateway.set("there", "content");
+    const server = await startServer("s3://tests", { args: ["--writable", ...args], env: gateway.env });
+    const ask = async <T>(work: (talk: Talk) => Promise<T>) => {
+      using talk = await Talk.to(server.port);
+      return await work(talk);
+    };
+    return {
+      server,
+      put: (path: string, content = "content") => ask((talk) => codeOf(talk.put(path, content))),
+      get: async () => (await ask((talk) => talk.get("there"))).content.toString(),
+      problem: async () => (await ask((talk) => talk.status())).problem as string | undefined,
+      [Symbol.asyncDispose]: () => server[Symbol.asyncDispose](),
+    };
+  }
+
+  /** Of one worker and the other: so many connections meet both. */
+  const several = <T>(work: () => Promise<T>) => Promise.all(Array.from({ length: 24 }, work));
+
+  test.each([
+    ["a quota", 403, "QuotaExceeded"],
+    ["a full disk", 507, "XMinioStorageFull"],
+    ["a full disk, in no words", 507, ""],
+  ])("for %s: is `no_room`, and in the status of all workers", async (_, status, code) => {
+    using gateway = new Gateway();
+    await using it = await start(gateway);
+    expect(await several(it.problem)).toEqual(Array(24).fill(undefined));
+    expect(gateway.asked.filter((asked) => isPut(asked) && asked.key.includes("try-"))).toHaveLength(1);
+    gateway.interfere = (asked) => (isPut(asked) ? failure(status, code) : undefined);
+    expect(await it.put("f")).toBe("no_room");
+    await waitFor("both say so", async () => (await several(it.problem)).every((text) => text?.includes("no room")));
+    expect(await it.get()).toBe("content");
+    expect(await it.put("g", randomBytes(9 * MIB).toString())).toBe("no_room");
+    gateway.interfere = () => undefined;
+    // There may be room for a little that is tried, and not for what was refused.
+    expect(await it.problem()).toContain("no room");
+    expect(await it.put("f")).toBe("ok");
+    await waitFor("none says so any more", async () => (await several(it.problem)).every((text) => text === undefined));
+    expect(gateway.keys.filter((key) => !key.includes("/try-"))).toEqual(["f", "there"]);
+  });
+
+  test("for now: is `busy`, and in the status until it takes some", async () => {
+    using gateway = new Gateway();
+    await using it = await start(gateway);
+    gateway.interfere = (asked) => (isPut(asked) ? failure(503, "ServiceUnavailable") : undefined);
+    expect(await it.put("f")).toBe("busy");
+    await waitFor("both say so", async () => (await several(it.problem)).every((text) => text?.includes("no files")));
+    expect(await it.get()).toBe("content");
+    gateway.interfere = () => undefined;
+    // Nobody has to put anything for that.
+    await waitFor("none says so any more", async () => (await several(it.problem)).every((text) => text === undefined));
+  });
+
+  test("is served all the same when the server is started", async () => {
+    using gateway = new Gateway();
+    gateway.interfere = (asked) => (isPut(asked) ? failure(507, "") : undefined);
+    await using it = await start(gateway);
+    expect(await it.get()).toBe("content");
+    expect(await it.put("f")).toBe("no_room");
+  });
+});
