@@ -163,11 +163,27 @@ export class Cache {
     this.#full = { bytes: Math.min(maxBytes * FULL, maxBytes - above), files: this.#most.files * FULL };
   }
 
+  /**
+   * For who starts a server: throws `local` where the folder cannot be used at all. A disk that is full is no reason: there
+   * may be room when something goes, of the cache itself as well.
+   */
+  static check(folder: string): void {
+    try {
+      makeFolders(folder);
+      for (const name of ["usage", "evict"]) closeSync(openOwn(join(folder, name)));
+      accessSync(join(folder, "new"), constants.R_OK | constants.W_OK | constants.X_OK);
+    } catch (error) {
+      const code = errorCode(error);
+      if (!WITHOUT_ROOM.has(code)) throw unusable(folder, code, error);
+    }
+    if (isOpenToOthers(folder)) throw unusable(folder, OTHERS);
+  }
+
   /** Never throws: what is wrong with the folder is told, and reading goes on without it. */
   static open(folder: string, options: CacheOptions): Cache {
     const cache = new Cache(folder, options);
     try {
-      cache.#makeFolders();
+      makeFolders(folder);
       cache.#checkOwner();
       // The count may be from before a power cut, and what was used may be more than this server is to have.
       if (!cache.#isOthers) cache.#makeRoom();
@@ -375,17 +391,9 @@ export class Cache {
     }
   }
 
-  #makeFolders(): void {
-    mkdirSync(join(this.#folder, "new"), { recursive: true, mode: 0o700 });
-  }
-
-  /** Checksums tell what is damaged, and not what somebody else has put there. */
   #checkOwner(): void {
-    for (const folder of [this.#folder, join(this.#folder, "new")]) {
-      const { uid, mode } = statSync(folder);
-      if ((mode & 0o022) !== 0 || (uid !== 0 && uid !== process.getuid!())) this.#isOthers = true;
-    }
-    if (this.#isOthers) this.#tell("others", "others may write there; files are read without it");
+    this.#isOthers = isOpenToOthers(this.#folder);
+    if (this.#isOthers) this.#tell("others", `${OTHERS}; files are read without it`);
   }
 
   // ---------------------------------------------------------------------------------------------- room
@@ -597,6 +605,27 @@ export class Chunk {
     const calls = libc();
     return calls === null || calls.readCached(this.fd, oneByte, offset) !== -Errno.EAGAIN;
   }
+}
+
+/** Of system errors: what passes by itself. */
+const WITHOUT_ROOM = new Set(["ENOSPC", "EDQUOT"]);
+const OTHERS = "others may write there";
+
+function makeFolders(folder: string): void {
+  mkdirSync(join(folder, "new"), { recursive: true, mode: 0o700 });
+}
+
+/** Checksums tell what is damaged, and not what somebody else has put there. */
+function isOpenToOthers(folder: string): boolean {
+  return [folder, join(folder, "new")].some((path) => {
+    const stat = statSync(path, { throwIfNoEntry: false });
+    return stat && ((stat.mode & 0o022) !== 0 || (stat.uid !== 0 && stat.uid !== process.getuid!()));
+  });
+}
+
+function unusable(folder: string, why: string, cause?: unknown): RepriseError {
+  const text = `the cache ${quote(folder)} cannot be used: ${why}; name another folder by --cache, or start without it`;
+  return new RepriseError("local", text, cause);
 }
 
 const oneByte = new Uint8Array(1);

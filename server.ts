@@ -608,8 +608,12 @@ export const main = command({
 class NotThere extends Error {}
 
 /** Throws where nothing can be served, or written if that is wanted. */
-async function checkRoot({ root, writable, redirectOnly }: Omit<Settings, "worker">, membership: Membership) {
+async function checkRoot(
+  { root, writable, redirectOnly, cache }: Omit<Settings, "worker">,
+  membership: Membership,
+): Promise<void> {
   if (redirectOnly) return;
+  if (cache) Cache.check(cache.folder);
   if (isBucket(root)) return needed(() => openBucket(root).check(writable));
   openFolder(root).close();
   const { join, cluster } = membership;

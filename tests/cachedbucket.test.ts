@@ -1,11 +1,24 @@
 /** The cache before a real gateway of S3: what it saves, and that it never serves an older version. */
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { chmodSync, rmSync, writeFileSync } from "node:fs";
 import { createServer, request } from "node:http";
 import type { AddressInfo } from "node:net";
 import { join } from "node:path";
 import { S3Client } from "bun";
 import { type Ceph, noCeph, startCeph } from "./engines.ts";
-import { HOME, randomBytes, runClient, startServer, TEST_MS, temporaryFolder, waitFor, writeTree } from "./fixtures.ts";
+import {
+  HOME,
+  killWorkers,
+  mountSmall,
+  randomBytes,
+  runClient,
+  startServer,
+  TEST_MS,
+  temporaryFolder,
+  waitFor,
+  writeTree,
+} from "./fixtures.ts";
+import { Gateway } from "./gateway.ts";
 
 setDefaultTimeout(TEST_MS);
 if (noCeph) console.log(`skipped: the tests of a cache before a bucket: ${noCeph}`);
@@ -107,24 +120,92 @@ describe.skipIf(noCeph !== undefined)("a cache before a bucket", () => {
       await server.stop(signal);
     }
   });
+});
 
-  test("a cache that can't be used is said, and everything is served", async () => {
+describe("a cache that can't be used", () => {
+  const content = randomBytes(5 * MIB, 4);
+
+  function startWith(gateway: Gateway, cache: string) {
+    const cmd = [process.execPath, join(HOME, "server.ts"), "s3://tests", "--port", "0", "--cache", cache];
+    return Bun.spawn({ cmd, env: { ...process.env, ...gateway.env }, stdio: ["ignore", "pipe", "pipe"] });
+  }
+
+  const wrong: Record<string, [text: string, make: (folder: string) => string]> = {
+    "a file": ["ENOTDIR", (folder) => join(folder, "file")],
+    "a folder in a file": ["ENOTDIR", (folder) => join(folder, "file", "cache")],
+    "a folder into which others may write": ["others may write there", (folder) => join(folder, "open")],
+    "a folder of which a part is something else": ["EISDIR", (folder) => join(folder, "odd")],
+    ...(process.getuid!() !== 0 && {
+      "a folder that is not ours to write": ["EACCES", (folder: string) => join(folder, "closed")],
+      "a folder in one that is not ours to write": ["EACCES", (folder: string) => join(folder, "closed", "cache")],
+    }),
+  };
+  test.each(Object.entries(wrong))("is an error at the start, with status 7: %s", async (_, [text, make]) => {
     using folder = temporaryFolder();
-    writeTree(folder.path, { cache: "a file" });
-    const content = randomBytes(9 * MIB, 4);
-    await new S3Client({ ...ceph.options, bucket: "cached" }).write("without/file", content);
-    await using server = await startServer("s3://cached/without", {
-      args: ["--cache", join(folder.path, "cache"), "--workers", "1"],
-      env: ceph.env,
+    using gateway = new Gateway();
+    writeTree(folder.path, { file: "a file", "open/": "", "closed/": "", "odd/usage/": "" });
+    chmodSync(join(folder.path, "open"), 0o777);
+    chmodSync(join(folder.path, "closed"), 0o500);
+    const child = startWith(gateway, make(folder.path));
+    const [status, errors, output] = await Promise.all([
+      child.exited,
+      new Response(child.stderr).text(),
+      new Response(child.stdout).text(),
+    ]);
+    expect({ status, output, errors }).toEqual({ status: 7, output: "", errors: expect.stringContaining(text) });
+    expect(errors).toContain(make(folder.path));
+    expect(gateway.asked).toEqual([]);
+  });
+
+  const small = process.getuid!() === 0 ? mountSmall("200K") : undefined;
+  afterAll(() => small?.[Symbol.dispose]());
+
+  test.skipIf(!small)("is none of that where the disk is only full", async () => {
+    using gateway = new Gateway();
+    gateway.set("file", content);
+    // Not even a name has room.
+    for (let at = 0; !isFull(join(small!.path, `f${at}`)); at++);
+    await using server = await startServer("s3://tests", {
+      args: ["--cache", join(small!.path, "cache"), "--workers", "1"],
+      env: gateway.env,
     });
-    for (let round = 0; round < 2; round++) {
-      const { stdout } = await runClient(server.address, ["cat", "file"]);
-      expect(Buffer.compare(stdout, content)).toBe(0);
-    }
-    const lines = await waitFor("it is said", () => server.log.filter(({ event }) => event === "cache"));
-    expect(lines).toHaveLength(1);
+    expect(Buffer.compare((await runClient(server.address, ["cat", "file"])).stdout, content)).toBe(0);
+    await waitFor("it is said", () =>
+      server.log.some(({ event, status }) => event === "cache" && /ENOSPC/.test(status)),
+    );
+  });
+
+  test("any more is said once, and everything is served", async () => {
+    using folder = temporaryFolder();
+    using gateway = new Gateway();
+    const path = join(folder.path, "cache");
+    for (const name of ["one", "two"]) gateway.set(name, content);
+    await using server = await startServer("s3://tests", {
+      args: ["--cache", path, "--workers", "1"],
+      env: gateway.env,
+    });
+    const get = async (name: string) => (await runClient(server.address, ["cat", name])).stdout;
+    expect(Buffer.compare(await get("one"), content)).toBe(0);
+    rmSync(path, { recursive: true });
+    writeFileSync(path, "a file");
+    for (const name of ["one", "two", "one", "two"]) expect(Buffer.compare(await get(name), content)).toBe(0);
+    const said = () => server.log.filter(({ event }) => event === "cache");
+    expect(await waitFor("it is said", () => (said().length > 0 ? said() : undefined))).toHaveLength(1);
+    // Nor does a worker that is started now fail over it.
+    await killWorkers(server);
+    expect(Buffer.compare(await get("two"), content)).toBe(0);
   });
 });
+
+/** Whether nothing more can be written there. */
+function isFull(path: string): boolean {
+  try {
+    writeFileSync(path, new Uint8Array(4096));
+    return false;
+  } catch {
+    return true;
+  }
+}
 
 describe("options of the cache", () => {
   const wrong: Record<string, string[]> = {
