@@ -301,7 +301,7 @@ class BucketChanges implements Changes {
     await folders.keepParent(path);
     folders.forget();
     if (source) {
-      await this.#copy(from, source, target);
+      await this.#copyUnless(overwrite, from, source, target, to);
       // Whatever has taken its place meanwhile is not what was moved.
       const still = await bucket.s3.head(from);
       if (still?.etag === source.etag) await bucket.s3.remove(from);
@@ -357,9 +357,27 @@ class BucketChanges implements Changes {
     }
   }
 
-  async #copy(from: string, { etag, size, mtime, modifiedMs }: ObjectInfo, to: string): Promise<void> {
+  /** Unless something is there by now that is not to be replaced: S3 itself looks, where it can. Throws `exists`. */
+  async #copyUnless(overwrite: boolean, from: string, source: ObjectInfo, to: string, path: string): Promise<void> {
     const { s3 } = this.#shared.bucket;
-    if (size <= MAX_COPY_BYTES) return s3.copy(from, etag, to);
+    if (overwrite) return this.#copy(from, source, to);
+    try {
+      await this.#copy(from, source, to, { ifNoneMatch: "*" });
+    } catch (error) {
+      // A gateway that knows no such condition: it was looked for just before.
+      if (error instanceof S3Error && error.status === 501) return this.#copy(from, source, to);
+      if (!isConflict(error)) throw error;
+      const there = await s3.head(to);
+      if (!there) throw error;
+      // A try before it may have done it, unheard.
+      if (!error.isRetried || !isSame(source, there)) throw exists(path);
+    }
+  }
+
+  async #copy(from: string, info: ObjectInfo, to: string, conditions: PutConditions = {}): Promise<void> {
+    const { etag, size, mtime, modifiedMs } = info;
+    const { s3 } = this.#shared.bucket;
+    if (size <= MAX_COPY_BYTES) return s3.copy(from, etag, to, conditions);
     const uploadId = await s3.createUpload(to, mtime ?? textOfTime(modifiedMs * 1000));
     try {
       const parts: Part[] = [];
@@ -367,7 +385,7 @@ class BucketChanges implements Changes {
         const [number, length] = [parts.length + 1, Math.min(COPY_PART_BYTES, size - at)];
         parts.push({ number, etag: await s3.copyPart(to, uploadId, number, from, etag, at, length) });
       }
-      await s3.completeUpload(to, uploadId, parts);
+      await s3.completeUpload(to, uploadId, parts, conditions);
     } catch (error) {
       await s3.abortUpload(to, uploadId).catch(() => {});
       throw error;
@@ -412,6 +430,11 @@ class BucketChanges implements Changes {
       throw this.#shared.bucket.errorOf(error, path);
     }
   }
+}
+
+/** The same content, with the same time: a copy. */
+function isSame(one: ObjectInfo, other: ObjectInfo): boolean {
+  return one.etag === other.etag && one.size === other.size && one.mtime === other.mtime;
 }
 
 /** Of an object, in a few bytes: a folder may have millions. */

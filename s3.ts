@@ -209,9 +209,13 @@ export class S3 {
     });
   }
 
-  /** Throws `PreconditionFailed` where the source is no longer that version. */
-  async copy(from: string, etag: string, to: string): Promise<void> {
+  /**
+   * Throws `PreconditionFailed` where the source is no longer that version, or something is there already: as far as the
+   * gateway looks at such conditions of a copy; AWS does, and Ceph looks at neither.
+   */
+  async copy(from: string, etag: string, to: string, { ifNoneMatch }: PutConditions = {}): Promise<void> {
     const headers = {
+      "if-none-match": ifNoneMatch,
       "x-amz-copy-source": `/${encodeKey(this.settings.bucket)}/${encodeKey(from)}`,
       "x-amz-copy-source-if-match": etag,
     };

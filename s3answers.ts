@@ -86,7 +86,7 @@ export class S3Error extends Error {
 
   /** It may be right a moment later, and is not about what was asked for. */
   get isPassing(): boolean {
-    if (this.isFull) return false;
+    if (this.isFull || this.status === 501) return false;
     return this.status === 0 || this.status >= 500 || this.status === 429 || PASSING.has(this.code);
   }
 }

@@ -30,6 +30,8 @@ class MemoryS3 {
   readonly parts = new Map<string, { key: string; parts: Map<number, Held> }>();
   puts = 0;
   isEncrypted = false;
+  /** Conditions of a copy; undefined: it refuses them. */
+  knowsCopies: boolean | undefined = true;
   begun = 0;
   /** Of all uploads. */
   begunMs = Date.now();
@@ -89,9 +91,11 @@ class MemoryS3 {
     for (const key of keys) await this.remove(key);
   }
 
-  async copy(from: string, etag: string, to: string): Promise<void> {
+  async copy(from: string, etag: string, to: string, { ifNoneMatch }: PutConditions = {}): Promise<void> {
     this.before("copy", from);
     const held = this.objects.get(from);
+    if (ifNoneMatch && this.knowsCopies === undefined) throw new S3Error("NotImplemented", 501, "no such header");
+    if (ifNoneMatch && this.knowsCopies && this.objects.has(to)) throw new S3Error("PreconditionFailed", 412, "there");
     if (held?.etag !== etag) throw new S3Error("PreconditionFailed", 412, "another");
     this.objects.set(to, held);
   }
@@ -208,6 +212,37 @@ test("a move of a file takes away no other that has come in its place", async ()
   expect(await changes.apply([{ action: "move", path: "from", to: "to", overwrite: false }])).toEqual([undefined]);
   const contents = s3.keys.map((key) => `${key}: ${s3.objects.get(key)!.content}`);
   expect(contents).toEqual(["from: two", "to: one"]);
+});
+
+test("a move of a file replaces none that has come meanwhile, where the gateway looks for it", async () => {
+  for (const knows of [true, false, undefined]) {
+    const { s3, changes } = setUp();
+    s3.knowsCopies = knows;
+    const move = (overwrite: boolean) => changes.apply([{ action: "move", path: "from", to: "to", overwrite }]);
+    s3.set("from", "one");
+    if (knows) {
+      s3.before = (name) => {
+        if (name === "copy") s3.set("to", "two");
+      };
+      expect(await move(false)).toMatchObject([{ code: "exists" }]);
+      expect(s3.keys.map((key) => `${key}: ${s3.objects.get(key)!.content}`)).toEqual(["from: one", "to: two"]);
+    }
+    s3.before = () => {};
+    expect(await move(knows === true)).toEqual([undefined]);
+    expect(s3.keys.map((key) => `${key}: ${s3.objects.get(key)!.content}`)).toEqual(["to: one"]);
+  }
+});
+
+test("a move of a file whose copy was not heard of is done", async () => {
+  const { s3, changes } = setUp();
+  const copy = s3.copy.bind(s3);
+  s3.copy = async (...args) => {
+    await copy(...args);
+    throw Object.assign(new S3Error("PreconditionFailed", 412, "it is there"), { isRetried: true });
+  };
+  s3.set("from", "one", "1.5");
+  expect(await changes.apply([{ action: "move", path: "from", to: "to", overwrite: false }])).toEqual([undefined]);
+  expect(s3.keys).toEqual(["to"]);
 });
 
 test("the folder that somebody's token is for stays when the last file in it goes", async () => {
