@@ -295,21 +295,58 @@ class BucketChanges implements Changes {
     if (!source && !(await hasKeysBeneath(bucket, from))) throw notFound(path);
     const [there, isFolder] = await Promise.all([bucket.s3.head(target), hasKeysBeneath(bucket, target)]);
     if (isFolder && !there && source) throw notAFile(to);
-    if ((there || isFolder) && !overwrite) throw exists(to);
+    const isCut = (there !== undefined || isFolder) && (await this.#isCutMove(from, target, source, there));
+    if ((there || isFolder) && !overwrite && !isCut) throw exists(to);
     if (from === target) return;
     if (`${target}/`.startsWith(`${from}/`)) throw refused(`${quote(path)} cannot be moved into itself`);
     await folders.keepParent(path);
     folders.forget();
     if (source) {
-      await this.#copyUnless(overwrite, from, source, target, to);
+      if (!isCut) await this.#copyUnless(overwrite, from, source, target, to);
       // Whatever has taken its place meanwhile is not what was moved.
       const still = await bucket.s3.head(from);
       if (still?.etag === source.etag) await bucket.s3.remove(from);
       return;
     }
     if (there) throw notAFolder(to, to);
-    if (isFolder && !(await this.#isOnlyMarker(`${target}/`))) throw exists(to);
-    await this.#moveBeneath(`${from}/`, `${target}/`);
+    if (isFolder && !isCut && !(await this.#isOnlyMarker(`${target}/`))) throw exists(to);
+    await this.#moveBeneath(`${from}/`, `${target}/`, isCut);
+  }
+
+  /**
+   * Whether what is there is what a move that was cut in its middle has left, so that it may be gone on with. Of a folder
+   * that is so where all that is at its new place was copied from the old one, or all that is left at the old one has its
+   * copy: then nothing is replaced, and nothing removed that is not there a second time.
+   */
+  async #isCutMove(from: string, to: string, source?: ObjectInfo, there?: ObjectInfo): Promise<boolean> {
+    if (from === to) return false;
+    if (source || there) return source !== undefined && there !== undefined && isSame(source, there);
+    return (await this.#areAllIn(`${to}/`, `${from}/`)) || (await this.#areAllIn(`${from}/`, `${to}/`));
+  }
+
+  /** Whether all objects of one folder, of which one at least is a file, are in another, too. */
+  async #areAllIn(folder: string, other: string): Promise<boolean> {
+    const { s3 } = this.#shared.bucket;
+    let files = 0;
+    let token: string | undefined;
+    do {
+      const { objects, next }: ListPage = await s3.list(folder, { token });
+      token = next;
+      for (let at = 0; at < objects.length; at += MAX_TOGETHER) {
+        const some = objects.slice(at, at + MAX_TOGETHER).map(({ key }) => key);
+        const areIn = await Promise.all(some.map((key) => this.#isIn(key, folder, other)));
+        if (areIn.includes(false)) return false;
+        files += some.filter((key) => !key!.endsWith("/")).length;
+      }
+    } while (token !== undefined);
+    return files > 0;
+  }
+
+  async #isIn(key: string | undefined, folder: string, other: string): Promise<boolean> {
+    if (key === undefined) return false;
+    const { s3 } = this.#shared.bucket;
+    const [one, two] = await Promise.all([s3.head(key), s3.head(other + key.slice(folder.length))]);
+    return one !== undefined && two !== undefined && isSame(one, two);
   }
 
   async #isOnlyMarker(prefix: string): Promise<boolean> {
@@ -318,7 +355,7 @@ class BucketChanges implements Changes {
   }
 
   /** All copies are there before the first original goes, and no other does: more may have come meanwhile. */
-  async #moveBeneath(from: string, to: string): Promise<void> {
+  async #moveBeneath(from: string, to: string, isCut: boolean): Promise<void> {
     const { s3 } = this.#shared.bucket;
     const copied = new Set<bigint>();
     let token: string | undefined;
@@ -333,16 +370,17 @@ class BucketChanges implements Changes {
       }
       for (let at = 0; at < objects.length; at += MAX_TOGETHER) {
         const some = objects.slice(at, at + MAX_TOGETHER).map(({ key }) => key!);
-        await Promise.all(some.map((key) => this.#copyIfThere(key, to + key.slice(from.length), copied)));
+        await Promise.all(some.map((key) => this.#copyIfThere(key, to + key.slice(from.length), copied, isCut)));
       }
     } while (token !== undefined);
     await this.#removeCopied(from, copied);
   }
 
-  async #copyIfThere(from: string, to: string, copied: Set<bigint>): Promise<void> {
-    const info = await this.#shared.bucket.s3.head(from);
+  async #copyIfThere(from: string, to: string, copied: Set<bigint>, isCut: boolean): Promise<void> {
+    const { s3 } = this.#shared.bucket;
+    const [info, there] = await Promise.all([s3.head(from), isCut ? s3.head(to) : undefined]);
     if (!info) return;
-    await this.#copy(from, info, to);
+    if (!there || !isSame(info, there)) await this.#copy(from, info, to);
     copied.add(versionOf(from, info.etag));
   }
 

@@ -214,6 +214,84 @@ test("a move of a file takes away no other that has come in its place", async ()
   expect(contents).toEqual(["from: two", "to: one"]);
 });
 
+test("a move that was cut, wherever that was, is done by the same move again", async () => {
+  const files = ["from/", "from/a", "from/b", "from/d/", "from/d/c", "from/e"];
+  const move = { action: "move", path: "from", to: "to", overwrite: false } as const;
+  const one = { ...move, path: "from/a", to: "b" };
+  for (const change of [move, one]) {
+    for (let end = 0; ; end++) {
+      const { s3, changes } = setUp();
+      for (const key of files) s3.set(key, key.endsWith("/") ? "" : key, "1.5");
+      let changed = 0;
+      s3.before = (name) => {
+        if (!["copy", "remove", "put"].includes(name)) return;
+        if (changed++ === end) throw new S3Error("Unreachable", 0, "the server has died");
+      };
+      const [outcome] = await changes.apply([change]);
+      const isDone = outcome === undefined;
+      s3.before = () => {};
+      const all = () =>
+        new Set(s3.keys.filter((key) => !key.endsWith("/")).map((key) => s3.objects.get(key)!.content.toString()));
+      expect(all()).toEqual(new Set(["from/a", "from/b", "from/d/c", "from/e"]));
+      const isMoved = !s3.keys.includes("from/a") && !s3.keys.some((key) => change === move && key.startsWith("from/"));
+      const onlyFolders = s3.keys.every((key) => !key.startsWith("to/") || key.endsWith("/"));
+      const isSaidTaken = change === move && s3.keys.includes("to/") && onlyFolders;
+      const expected = isSaidTaken ? { code: "exists" } : isMoved && !isDone ? { code: "not_found" } : undefined;
+      if (!isDone)
+        expect([end, (await changes.apply([change]))[0]]).toEqual([end, expected && expect.objectContaining(expected)]);
+      if (!isSaidTaken && change === move) expect(s3.keys).toEqual(files.map((key) => key.replace("from/", "to/")));
+      if (!isSaidTaken && change === one)
+        expect([s3.keys.includes("from/a"), s3.keys.includes("b")]).toEqual([false, true]);
+      expect(all().size).toBe(4);
+      if (isDone) break;
+    }
+  }
+});
+
+test("a move is none that was cut where there is anything else, and then nothing is touched", async () => {
+  const move = (path: string, to: string, overwrite = false) => ({ action: "move", path, to, overwrite }) as const;
+  const cases: [string[], string[]][] = [
+    // Each has something that the other has not.
+    [
+      ["a", "b"],
+      ["a", "c"],
+    ],
+    [["a", "b"], ["a other content"]],
+    [["a", "b"], ["a other time"]],
+    [["a"], ["c"]],
+    [
+      ["a", "d/"],
+      ["a", "b"],
+    ],
+    // Folders without files tell nothing.
+    [
+      ["", "d/"],
+      ["", "d/", "a"],
+    ],
+    [["a"], [""]],
+  ];
+  for (const [from, to] of cases) {
+    const { s3, changes } = setUp();
+    for (const name of from) s3.set(`from/${name}`, name === "" || name.endsWith("/") ? "" : name, "1.5");
+    for (const text of to) {
+      const [name = "", kind] = text.split(" ");
+      s3.set(
+        `to/${name}`,
+        kind === "other" && text.endsWith("content") ? "x" : name.endsWith("/") ? "" : name,
+        text.endsWith("time") ? "2.5" : "1.5",
+      );
+    }
+    const before = JSON.stringify([...s3.objects]);
+    expect([from, to, ...(await changes.apply([move("from", "to")]))]).toMatchObject([from, to, { code: "exists" }]);
+    expect(JSON.stringify([...s3.objects])).toBe(before);
+  }
+  const { s3, changes } = setUp();
+  s3.set("f", "one", "1.5");
+  s3.set("g", "one", "2.5");
+  expect(await changes.apply([move("f", "g"), move("f", "f")])).toMatchObject([{ code: "exists" }, { code: "exists" }]);
+  expect(s3.keys).toEqual(["f", "g"]);
+});
+
 test("a move of a file replaces none that has come meanwhile, where the gateway looks for it", async () => {
   for (const knows of [true, false, undefined]) {
     const { s3, changes } = setUp();
