@@ -5,7 +5,7 @@
 import type { KeyValue, Operation, Range, Txn, Watched } from "./etcd.ts";
 import { RepriseError } from "./protocol.ts";
 
-/** Characters of one answer: etcd gives its gateway at most 4 MiB, before base64; one message of a watch is as large. */
+/** Characters of one answer, of 500 records as a rule, and of one message of a watch, which etcd cuts at 2 MiB before base64. */
 const MAX_CHARACTERS = 16 * 1024 * 1024;
 
 type Said = { [name: string]: unknown };
@@ -36,11 +36,14 @@ export async function* textsOf(response: Response): AsyncGenerator<string> {
     yield decoder.decode(chunk, { stream: true });
 }
 
+/** Throws `too_large`: who asks for less may get it. */
 export async function wholeTextOf(response: Response): Promise<string> {
   const parts: string[] = [];
   let characters = 0;
   for await (const part of textsOf(response)) {
-    characters = checkLength(characters + part.length);
+    characters += part.length;
+    if (characters > MAX_CHARACTERS)
+      throw new RepriseError("too_large", `etcd at ${new URL(response.url).host} sends an answer that is too long`);
     parts.push(part);
   }
   return parts.join("");

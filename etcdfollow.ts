@@ -15,11 +15,12 @@ import {
   get,
   getAll,
   type KeyValue,
+  type RangeAnswer,
   type TxnAnswer,
   unreachable,
   type Watched,
 } from "./etcd.ts";
-import { countIn, isCount, type Keys, keyIn, objectIn, revisionOf } from "./etcdkeys.ts";
+import { behind, countIn, isCount, type Keys, keyIn, objectIn, revisionOf } from "./etcdkeys.ts";
 import type { Record, Stretch } from "./ledger.ts";
 import { LEASE_MS } from "./link.ts";
 import { RepriseError } from "./protocol.ts";
@@ -288,13 +289,10 @@ export class Follower {
 
   /** In the order of their keys, which costs etcd least, as all of them are of one revision. */
   async #readAll(revision: number, signal: AbortSignal): Promise<void> {
-    const { etcd, keys, read, following } = this.#options;
-    const end = endOf(keys.records);
+    const { keys, read, following } = this.#options;
     let newest = 0;
     for (let [key, part] = [encoded(keys.records), 0]; ; part++) {
-      const body = { key, range_end: end, limit: String(PIECE), revision: String(revision) };
-      // Whichever endpoint answers: all have that revision.
-      const { kvs = [], more = false } = await etcd.range(body, signal);
+      const { kvs = [], more = false } = await this.#pieceFrom(key, revision, signal);
       this.#hear();
       if (this.#isStopped) return;
       const records = read(kvs);
@@ -311,7 +309,21 @@ export class Follower {
         this.#options.hear(newest);
         return following.onStretch({ after: part, revision: this.#cursor, records, snapshot: "complete" });
       }
-      key = Buffer.concat([Buffer.from(kvs.at(-1)!.key, "base64"), Buffer.of(0)]).toString("base64");
+      key = behind(kvs.at(-1)!);
+    }
+  }
+
+  /** Records from that key on, as many as come in one answer: what others have put among them may be large. */
+  async #pieceFrom(key: string, revision: number, signal: AbortSignal): Promise<RangeAnswer> {
+    const { etcd, keys } = this.#options;
+    for (let limit = PIECE; ; limit = Math.ceil(limit / 4)) {
+      const body = { key, range_end: endOf(keys.records), limit: String(limit), revision: String(revision) };
+      try {
+        // Whichever endpoint answers: all have that revision.
+        return await etcd.range(body, signal);
+      } catch (error) {
+        if (limit === 1 || !(error instanceof RepriseError && error.code === "too_large")) throw error;
+      }
     }
   }
 

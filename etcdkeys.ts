@@ -40,6 +40,11 @@ export function keyIn({ key }: KeyValue): string | undefined {
   }
 }
 
+/** The first key that may come behind it. */
+export function behind({ key }: KeyValue): string {
+  return Buffer.concat([Buffer.from(key, "base64"), Buffer.of(0)]).toString("base64");
+}
+
 export function textOf({ value = "" }: KeyValue): string {
   return Buffer.from(value, "base64").toString();
 }

@@ -32,6 +32,7 @@ import {
 } from "./etcd.ts";
 import { Follower, type Following, type LiveMember, PIECE } from "./etcdfollow.ts";
 import {
+  behind,
   countIn,
   inOrder,
   isCount,
@@ -433,19 +434,20 @@ export class EtcdLedger implements Ledger {
   }
 
   async #pruneUpTo(passed: number): Promise<void> {
-    for (let key = this.#keys.gone; ; ) {
+    for (let key = encoded(this.#keys.gone); ; ) {
       const { kvs = [], more } = await this.#etcd.range({
-        key: encoded(key),
+        key,
         range_end: endOf(this.#keys.gone),
         limit: String(PIECE),
         keys_only: true,
       });
       const old = kvs.filter(({ mod_revision }) => Number(mod_revision) <= passed);
-      const paths = old.map((kv) => keyIn(kv)!.slice(this.#keys.gone.length));
+      // What somebody else has put there may be no text.
+      const paths = old.flatMap((kv) => keyIn(kv)?.slice(this.#keys.gone.length) ?? []);
       for (let at = 0; at < paths.length; at += MAX_OPERATIONS / 4)
         await this.#forget(paths.slice(at, at + MAX_OPERATIONS / 4), passed);
       if (!more) return;
-      key = `${keyIn(kvs.at(-1)!)}\0`;
+      key = behind(kvs.at(-1)!);
     }
   }
 

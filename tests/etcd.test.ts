@@ -451,6 +451,69 @@ describe.skipIf(noEtcd !== undefined)("EtcdLedger", () => {
     etcd.close();
   });
 
+  test("what is large and no record keeps nobody from reading the others", async () => {
+    const name = freshName();
+    const warnings: string[] = [];
+    const ledger = await openLedger(shared, name, { warn: (text) => void warnings.push(text) });
+    const etcd = new Etcd(parseCluster(shared.url(name)));
+    const paths = Array.from({ length: 12 }, (_, at) => `good-${String(at).padStart(2, "0")}`);
+    // More together than etcd gives its gateway in one answer.
+    for (const path of paths) {
+      await ledger.append("me", [proposal(path, 0, A)]);
+      await etcd.txn({ success: [put(`/reprise/${name}/records/${path}-not`, "x".repeat(1_400_000))] });
+    }
+    const snapshot = followed(ledger);
+    await waitFor("the snapshot", () => snapshot.current);
+    expect(snapshot.paths.toSorted()).toEqual(paths);
+    expectNoGap(snapshot.stretches);
+    const first = await ledger.newest(paths[0]!);
+    const history = followed(ledger, first!.revision, first);
+    await waitFor("the history", () => history.current);
+    expect(history.paths).toEqual(paths.slice(1));
+    expect(warnings).toHaveLength(1);
+    etcd.close();
+  });
+
+  test("what somebody has put beneath the other keys is in nobody's way either", async () => {
+    const name = freshName();
+    const ledger = await openLedger(shared, name);
+    const etcd = new Etcd(parseCluster(shared.url(name)));
+    await ledger.append("me", [proposal("f", 0, A)]);
+    const gone = await ledger.append("me", [
+      proposal("f", revisionOf(await ledger.append("me", [proposal("f", 0, A)])), GONE),
+    ]);
+    const odd = Buffer.of(0xff, 0xfe);
+    for (const kind of ["gone", "members", "seen", "records", "other"]) {
+      for (const value of ["", "null", "[]", "5", "not JSON", '{"address":5}']) {
+        const keys = [
+          Buffer.from(`x${value.length}`),
+          Buffer.from("a//b"),
+          odd,
+          Buffer.concat([odd, odd]),
+          Buffer.alloc(0),
+        ];
+        for (const key of keys) {
+          const whole = Buffer.concat([Buffer.from(`/reprise/${name}/${kind}/`), key]).toString("base64");
+          await etcd.txn({ success: [{ request_put: { key: whole, value: encoded(value) } }] });
+        }
+      }
+    }
+    await etcd.txn({ success: [put(`/reprise/${name}/pruned`, "not a number")] });
+    const told = followed(ledger);
+    await waitFor("what is there", () => told.current);
+    expect(told.records).toMatchObject([{ path: "f", kind: "gone" }]);
+    expect([...told.members]).toEqual([]);
+    expect(await ledger.members()).toEqual([]);
+    const later = revisionOf(await ledger.append("me", [proposal("g", 0, A)]));
+    expect(later).toBeGreaterThan(revisionOf(gone));
+    await ledger.prune(later);
+    expect(ledger.pruned).toBe(later);
+    expect(await ledger.newest("f")).toBeUndefined();
+    beating(ledger, "m");
+    await waitFor("the member", () => told.members.get("m"));
+    etcd.close();
+  });
+
   test("a member that beats no more has gone with its lease; one that beats again is there again", async () => {
     const name = freshName();
     const [mine, theirs] = [await openLedger(shared, name), await openLedger(shared, name)];
