@@ -29,29 +29,29 @@ import {
   mkdirSync,
   openSync,
   readdirSync,
-  readSync,
   renameSync,
   type Stats,
   statSync,
   unlinkSync,
   utimesSync,
-  writeSync,
 } from "node:fs";
 import { dirname, join } from "node:path";
+import {
+  CHUNK_BYTES,
+  Chunk,
+  type ChunkId,
+  decodeFooter,
+  encodeFooter,
+  footerBytes,
+  hashOf,
+  type Known,
+  sumsOf,
+} from "./cachechunk.ts";
+import { type Count, Found, openOwn, Slots, STALE_MS, Usage } from "./cacheroom.ts";
 import { isStill, readFully, removeIfThere, tryLock, unlock, writeAll } from "./disk.ts";
-import { Errno, libc } from "./libc.ts";
 import { crc32Combine, type Meta, quote, RepriseError } from "./protocol.ts";
 import { type Extent, errorCode, type OpenFile } from "./storage.ts";
 
-/** Content of one chunk; the last of a file has the rest. */
-export const CHUNK_BYTES = 4 * 1024 * 1024;
-/** What has a checksum; the session's largest DATA frame. */
-const PIECE_BYTES = 256 * 1024;
-const SUM_BYTES = 4;
-/** In the trailer, behind the sums: magic, the file's hash, the chunk's index u32, its length u32, the crc32 of all behind the content. */
-const MAGIC = Buffer.from("reprise1");
-const HASH_BYTES = 20;
-const TRAILER_BYTES = MAGIC.length + HASH_BYTES + 12;
 /** Disks give room by blocks of this size. */
 const BLOCK_BYTES = 4096;
 
@@ -73,16 +73,12 @@ const MEAN_BYTES = 64 * 1024;
 const MIN_FILES = 1024;
 /** A chunk's time is brought up to date this often. */
 const TOUCH_MS = 200;
-/** What was not written to for this long has no writer any more. */
-const STALE_MS = 10 * 60 * 1000;
 /** After a failure nothing is written for a while: what is fetched to be kept would be fetched twice. */
 const PAUSE_MS = 10_000;
 /** The same problem is told again after this time. */
 const TELL_MS = 3600 * 1000;
 /** Chunks whose sums are kept in memory: about 250 bytes each. */
 const MAX_KNOWN = 8192;
-/** A count takes microseconds. Who can't get at it within so many attempts, a millisecond each, does without. */
-const MAX_COUNT_ATTEMPTS = 100;
 /** How long a chunk waits for room. */
 const ROOM_MS = 50;
 /** Looking through the cache lets others run after this long. */
@@ -109,15 +105,6 @@ export interface Origin extends OpenFile {
   fetch(offset: number, length: number): Promise<Uint8Array>;
 }
 
-/** Which chunk, of which version of which file. */
-interface ChunkId {
-  name: string;
-  hash: Uint8Array;
-  index: number;
-  /** Of its content. */
-  length: number;
-}
-
 /** A chunk that is being written. */
 interface Draft {
   fd: number;
@@ -125,14 +112,6 @@ interface Draft {
 }
 
 type Fetch = () => Promise<Uint8Array>;
-
-/** What has been learnt of a chunk. */
-interface Known {
-  inode: number;
-  sums: Uint32Array;
-  /** A bit for each piece that was found to have its sum. */
-  checked: number;
-}
 
 export class Cache {
   readonly #folder: string;
@@ -526,87 +505,6 @@ export class Cache {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- chunk
-
-/** One that is there and open, until it is closed: also when it is removed meanwhile. */
-export class Chunk {
-  readonly id: ChunkId;
-  readonly fd: number;
-  readonly #known: Known;
-
-  constructor(id: ChunkId, fd: number, known: Known) {
-    this.id = id;
-    this.fd = fd;
-    this.#known = known;
-  }
-
-  /**
-   * Whether these bytes are what they have to be. They are in memory then, so that sending them waits for no disk, which
-   * would hold up every other connection.
-   */
-  async holds(offset: number, length: number): Promise<boolean> {
-    for (let at = offset - (offset % PIECE_BYTES); at < offset + length; at += PIECE_BYTES) {
-      const size = Math.min(PIECE_BYTES, this.id.length - at);
-      const bit = 1 << (at / PIECE_BYTES);
-      if ((this.#known.checked & bit) !== 0 && this.#isCached(at + size - 1)) continue;
-      if (!(await this.#check(at, size))) return false;
-      this.#known.checked |= bit;
-    }
-    return true;
-  }
-
-  /** Undefined where they are not to be had. */
-  async read(offset: number, length: number): Promise<Uint8Array | undefined> {
-    const bytes = Buffer.allocUnsafe(length);
-    try {
-      return (await readFully(this.fd, bytes, offset)) < length ? undefined : bytes;
-    } catch {
-      return undefined;
-    }
-  }
-
-  async checksum(offset: number, length: number): Promise<number | undefined> {
-    let sum = 0;
-    for (let at = offset; at < offset + length; ) {
-      const size = Math.min(offset + length - at, PIECE_BYTES - (at % PIECE_BYTES));
-      const sumOfPart = await this.#sumOf(at, size);
-      if (sumOfPart === undefined) return undefined;
-      sum = crc32Combine(sum, sumOfPart, size);
-      at += size;
-    }
-    return sum;
-  }
-
-  close(): void {
-    closeSync(this.fd);
-  }
-
-  async #sumOf(offset: number, length: number): Promise<number | undefined> {
-    const isPiece = offset % PIECE_BYTES === 0 && (length === PIECE_BYTES || offset + length === this.id.length);
-    if (isPiece) return this.#known.sums[offset / PIECE_BYTES];
-    const content = await this.read(offset, length);
-    return content && Bun.hash.crc32(content);
-  }
-
-  async #check(offset: number, length: number): Promise<boolean> {
-    const scratch = freeScratch.pop() ?? new Uint8Array(PIECE_BYTES);
-    try {
-      const content = scratch.subarray(0, length);
-      if ((await readFully(this.fd, content, offset)) < length) return false;
-      return Bun.hash.crc32(content) === this.#known.sums[offset / PIECE_BYTES];
-    } catch {
-      return false;
-    } finally {
-      freeScratch.push(scratch);
-    }
-  }
-
-  #isCached(offset: number): boolean {
-    const calls = libc();
-    return calls === null || calls.readCached(this.fd, oneByte, offset) !== -Errno.EAGAIN;
-  }
-}
-
 /** Of system errors: what passes by itself. */
 const WITHOUT_ROOM = new Set(["ENOSPC", "EDQUOT"]);
 const OTHERS = "others may write there";
@@ -626,44 +524,6 @@ function isOpenToOthers(folder: string): boolean {
 function unusable(folder: string, why: string, cause?: unknown): RepriseError {
   const text = `the cache ${quote(folder)} cannot be used: ${why}; name another folder by --cache, or start without it`;
   return new RepriseError("local", text, cause);
-}
-
-const oneByte = new Uint8Array(1);
-const freeScratch: Uint8Array[] = [];
-
-function hashOf(name: string, { etag, size }: Meta): Uint8Array {
-  const text = JSON.stringify([name, etag, size]);
-  return new Bun.CryptoHasher("sha256").update(text).digest().subarray(0, HASH_BYTES);
-}
-
-function sumsOf(content: Uint8Array): Uint32Array {
-  const sums = new Uint32Array(Math.ceil(content.length / PIECE_BYTES));
-  for (let at = 0; at < content.length; at += PIECE_BYTES)
-    sums[at / PIECE_BYTES] = Bun.hash.crc32(content.subarray(at, at + PIECE_BYTES));
-  return sums;
-}
-
-function footerBytes(length: number): number {
-  return Math.ceil(length / PIECE_BYTES) * SUM_BYTES + TRAILER_BYTES;
-}
-
-function encodeFooter({ hash, index, length }: ChunkId, sums: Uint32Array): Buffer {
-  const footer = Buffer.alloc(footerBytes(length));
-  let at = 0;
-  for (const sum of sums) at = footer.writeUInt32BE(sum, at);
-  at += MAGIC.copy(footer, at);
-  footer.set(hash, at);
-  at = footer.writeUInt32BE(index, at + HASH_BYTES);
-  at = footer.writeUInt32BE(length, at);
-  footer.writeUInt32BE(Bun.hash.crc32(footer.subarray(0, at)), at);
-  return footer;
-}
-
-/** Undefined unless it is one of this very chunk. */
-function decodeFooter(id: ChunkId, footer: Buffer): Uint32Array | undefined {
-  const sums = new Uint32Array(Math.ceil(id.length / PIECE_BYTES));
-  for (const index of sums.keys()) sums[index] = footer.readUInt32BE(index * SUM_BYTES);
-  return encodeFooter(id, sums).equals(footer) ? sums : undefined;
 }
 
 /** A hit counts as use. Where the time can't be set, the chunk goes sooner. */
@@ -841,171 +701,5 @@ function* partsOf(offset: number, length: number): Generator<[number, number]> {
     const size = Math.min(offset + length - at, CHUNK_BYTES - (at % CHUNK_BYTES));
     yield [at, size];
     at += size;
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------- room
-
-interface Count {
-  bytes: number;
-  files: number;
-}
-
-/**
- * What the cache takes, in a file that is changed under its lock: bytes f64, files f64, the crc32 of both. It is never too
- * little by more than what is being written: it is raised before and lowered after. What processes that were killed have
- * left in it is put right whenever all chunks are looked at.
- */
-class Usage {
-  readonly #path: string;
-  #fd: number | undefined;
-
-  constructor(path: string) {
-    this.#path = path;
-  }
-
-  /** Undefined, and nothing added, where that would be over `limit`, or the count is not known. Throws system errors. */
-  add(more: Count, limit?: Count): Promise<Count | undefined> {
-    return this.#change((now) => {
-      if (!now) return undefined;
-      const then = { bytes: Math.max(0, now.bytes + more.bytes), files: Math.max(0, now.files + more.files) };
-      return limit && (then.bytes > limit.bytes || then.files > limit.files) ? undefined : then;
-    });
-  }
-
-  /** Undefined as long as nobody has counted. */
-  read(): Promise<Count | undefined> {
-    return this.#change((now) => now);
-  }
-
-  /** Sets what was found, and what has been added since `before`. */
-  async correct(before: Count | undefined, found: Count): Promise<void> {
-    await this.#change((now) => ({
-      bytes: found.bytes + (now && before ? Math.max(0, now.bytes - before.bytes) : 0),
-      files: found.files + (now && before ? Math.max(0, now.files - before.files) : 0),
-    }));
-  }
-
-  close(): void {
-    if (this.#fd !== undefined) closeSync(this.#fd);
-    this.#fd = undefined;
-  }
-
-  /** Undefined as well where others keep it locked: one of them may be stopped. */
-  async #change(change: (now: Count | undefined) => Count | undefined): Promise<Count | undefined> {
-    for (let attempts = 0; attempts < MAX_COUNT_ATTEMPTS; attempts++) {
-      const fd = this.#open();
-      if (tryLock(fd, this.#path)) {
-        try {
-          return changeLocked(fd, change);
-        } finally {
-          unlock(fd, this.#path);
-        }
-      }
-      await Bun.sleep(1);
-    }
-    return undefined;
-  }
-
-  /** Anew where somebody has removed it. */
-  #open(): number {
-    if (this.#fd !== undefined && fstatSync(this.#fd).nlink === 0) this.close();
-    this.#fd ??= openOwn(this.#path);
-    return this.#fd;
-  }
-}
-
-/** A file of the cache itself, to read and write, made where it is not there. */
-function openOwn(path: string): number {
-  const flags = constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW;
-  try {
-    return openSync(path, flags, 0o600);
-  } catch (error) {
-    if (errorCode(error) !== "ENOENT") throw error;
-    mkdirSync(dirname(path), { recursive: true, mode: 0o700 });
-    return openSync(path, flags, 0o600);
-  }
-}
-
-const COUNT_BYTES = 20;
-const countBuffer = Buffer.alloc(COUNT_BYTES);
-
-function changeLocked(fd: number, change: (now: Count | undefined) => Count | undefined): Count | undefined {
-  const length = readSync(fd, countBuffer, 0, COUNT_BYTES, 0);
-  const isWhole =
-    length === COUNT_BYTES && countBuffer.readUInt32BE(16) === Bun.hash.crc32(countBuffer.subarray(0, 16));
-  const now = isWhole ? { bytes: countBuffer.readDoubleBE(0), files: countBuffer.readDoubleBE(8) } : undefined;
-  const then = change(now);
-  if (!then || then === now) return then;
-  countBuffer.writeDoubleBE(then.bytes, 0);
-  countBuffer.writeDoubleBE(then.files, 8);
-  countBuffer.writeUInt32BE(Bun.hash.crc32(countBuffer.subarray(0, 16)), 16);
-  writeSync(fd, countBuffer, 0, COUNT_BYTES, 0);
-  return then;
-}
-
-/** All chunks, as what they take and when they were used: 16 bytes each. */
-class Found {
-  readonly count: Count = { bytes: 0, files: 0 };
-  #bytes = new Float64Array(1024);
-  #times = new Float64Array(1024);
-
-  add(bytes: number, at: number): void {
-    if (this.count.files === this.#bytes.length) {
-      this.#bytes = doubled(this.#bytes);
-      this.#times = doubled(this.#times);
-    }
-    this.#bytes[this.count.files] = bytes;
-    this.#times[this.count.files] = at;
-    this.count.files++;
-    this.count.bytes += bytes;
-  }
-
-  /** The earliest time up to which there is so much, halving: a sort of all would hold up others longer. */
-  timeOf(spare: Count): number {
-    let [early, late] = [0, Date.now() + STALE_MS];
-    while (late - early > 1e-3) {
-      const middle = (early + late) / 2;
-      if (this.#hasUntil(middle, spare)) late = middle;
-      else early = middle;
-    }
-    return late;
-  }
-
-  #hasUntil(time: number, spare: Count): boolean {
-    let [bytes, files] = [0, 0];
-    for (let index = 0; index < this.count.files; index++) {
-      if (this.#times[index]! > time) continue;
-      bytes += this.#bytes[index]!;
-      files++;
-    }
-    return bytes >= spare.bytes && files >= spare.files;
-  }
-}
-
-function doubled(array: Float64Array<ArrayBuffer>): Float64Array<ArrayBuffer> {
-  const larger = new Float64Array(array.length * 2);
-  larger.set(array);
-  return larger;
-}
-
-/** So many at a time; the others in the order in which they came. */
-class Slots {
-  free: number;
-  readonly #waiting: (() => void)[] = [];
-
-  constructor(count: number) {
-    this.free = count;
-  }
-
-  async take(): Promise<void> {
-    if (this.free > 0) this.free--;
-    else await new Promise<void>((resolve) => this.#waiting.push(resolve));
-  }
-
-  give(): void {
-    const next = this.#waiting.shift();
-    if (next) next();
-    else this.free++;
   }
 }

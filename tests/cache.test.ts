@@ -18,7 +18,8 @@ import {
   writeSync,
 } from "node:fs";
 import { dirname, join } from "node:path";
-import { Cache, CHUNK_BYTES } from "../cache.ts";
+import { Cache } from "../cache.ts";
+import { CHUNK_BYTES } from "../cachechunk.ts";
 import { type FakeOrigin, fakeOrigin, type ReaderSettings, readAll } from "./cachereader.ts";
 import { killHard, mountSmall, randomBytes, seeded, TEST_MS, temporaryFolder, waitFor } from "./fixtures.ts";
 
