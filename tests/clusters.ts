@@ -2,7 +2,17 @@
 import { join } from "node:path";
 import { Remote } from "../client.ts";
 import type { ClusterState, MemberStatus } from "../hub.ts";
-import { type Files, isAlive, makeRoot, type Server, startServer, treeOf, waitFor, writeTree } from "./fixtures.ts";
+import {
+  type Files,
+  ifStill,
+  isAlive,
+  makeRoot,
+  type Server,
+  startServer,
+  treeOf,
+  waitFor,
+  writeTree,
+} from "./fixtures.ts";
 
 export interface Node {
   readonly name: string;
@@ -118,20 +128,18 @@ async function settled(nodes: Node[]): Promise<string[]> {
     const isBehind = (status: ClusterState | undefined) =>
       status === undefined || status.problem !== undefined || status.replicas.some(isLagging);
     if (statuses.some(isBehind)) return false;
-    const tree = treeIfStill(first!.root);
-    return tree && others.every(({ root }) => Bun.deepEquals(treeIfStill(root), tree));
+    const tree = ifStill(() => treeOf(first!.root));
+    return (
+      tree &&
+      others.every(({ root }) =>
+        Bun.deepEquals(
+          ifStill(() => treeOf(root)),
+          tree,
+        ),
+      )
+    );
   });
   return treeOf(first!.root);
-}
-
-/** Undefined where something goes while it is looked at. */
-function treeIfStill(root: string): string[] | undefined {
-  try {
-    return treeOf(root);
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
-    throw error;
-  }
 }
 
 function isLagging({ state, lag }: MemberStatus): boolean {

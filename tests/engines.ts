@@ -9,7 +9,7 @@ import { createHash, createHmac } from "node:crypto";
 import { join } from "node:path";
 import type { Subprocess } from "bun";
 import { authority, pair } from "./certificates.ts";
-import { isAlive, killHard, temporaryFolder, waitFor } from "./fixtures.ts";
+import { isAlive, killHard, signal, temporaryFolder, waitFor } from "./fixtures.ts";
 
 /** Long enough for a busy machine; a start that fails says so much earlier. */
 const START_MS = 100_000;
@@ -87,7 +87,7 @@ async function run<Name extends string | number, Facts extends Ready<Record<Name
       await gone(member);
     },
     async stop(member) {
-      process.kill(pids[member], "SIGTERM");
+      signal(pids[member], "SIGTERM");
       await gone(member);
     },
     async restart(member) {
@@ -97,8 +97,8 @@ async function run<Name extends string | number, Facts extends Ready<Record<Name
       pids[member] = JSON.parse(value!).pid;
       await waitFor(`member ${member} answers`, () => answers(member));
     },
-    pause: (member) => void process.kill(pids[member], "SIGSTOP"),
-    resume: (member) => void process.kill(pids[member], "SIGCONT"),
+    pause: (member) => signal(pids[member], "SIGSTOP"),
+    resume: (member) => signal(pids[member], "SIGCONT"),
     [Symbol.asyncDispose]: end,
   };
   return { facts, members };

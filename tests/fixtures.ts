@@ -11,6 +11,7 @@ import {
   readdirSync,
   readFileSync,
   rmSync,
+  statSync,
   writeFileSync,
   writeSync,
 } from "node:fs";
@@ -29,6 +30,7 @@ import {
   MAX_CONTENT_BYTES,
   type Request,
 } from "../protocol.ts";
+import type { ResumeLog } from "../resume.ts";
 
 export const HOME = join(import.meta.dir, "..");
 /**
@@ -140,6 +142,41 @@ export async function waitFor<T>(what: string, condition: () => T | Promise<T>):
   throw new Error(`Never came true: ${what}`);
 }
 
+/** What a look at files gives; undefined where something goes while it is looked at. */
+export function ifStill<T>(look: () => T): T | undefined {
+  try {
+    return look();
+  } catch (error) {
+    if (!["ENOENT", "ENOTDIR"].includes((error as NodeJS.ErrnoException).code ?? "")) throw error;
+    return undefined;
+  }
+}
+
+/** The size of a file, 0 where there is none: as it can be asked for while others write and rename. */
+export function sizeOf(path: string): number {
+  return statSync(path, { throwIfNoEntry: false })?.size ?? 0;
+}
+
+/** All names below a folder, whatever comes and goes meanwhile. */
+export function namesBelow(folder: string): string[] {
+  const entries = ifStill(() => readdirSync(folder, { withFileTypes: true })) ?? [];
+  return entries.flatMap((entry) => {
+    const below = entry.isDirectory() ? namesBelow(join(folder, entry.name)) : [];
+    return [entry.name, ...below.map((name) => `${entry.name}/${name}`)];
+  });
+}
+
+/** A log of a transfer, which others write and remove; undefined where there is none. */
+export function readResumeLog(path: string): ResumeLog | undefined {
+  return ifStill(() => JSON.parse(readFileSync(path, "utf8")) as ResumeLog);
+}
+
+/** How much has come by such a log, in all its segments. */
+export function loggedIn(path: string): number {
+  const { bytes = 0, segments = [] } = readResumeLog(path) ?? {};
+  return segments.reduce((sum, segment) => sum + segment.bytes, bytes);
+}
+
 // ---------------------------------------------------------------------------------------------------- server
 
 export interface Server extends AsyncDisposable {
@@ -168,13 +205,22 @@ export interface ServerOptions {
   detached?: boolean;
 }
 
+/** Ports for servers: below those that the kernel gives out by itself, and those that tests/engines take. */
+const FIRST_PORT = 4_000;
+const PORTS_EACH = 50;
+const PORT_BLOCKS = 160;
+const ports: number[] = [];
+const blocks: { unref(): void }[] = [];
+
 /**
- * A port that nobody has, below those that the kernel gives out by itself: so it is still there for who comes back to it,
- * after all of a server's workers were killed, while other tests start servers of theirs.
+ * A port that nobody has: so it is still there for who comes back to it, after all of a server's workers were killed, while
+ * other tests start servers of theirs. Each process of tests has blocks of its own, held by the abstract name of a socket
+ * that goes with the process: between a look at a port and the server's own, nobody else may look at it.
  */
-function freePort(): number {
+export function freePort(): number {
   for (;;) {
-    const port = 10_000 + Math.floor(Math.random() * 20_000);
+    if (ports.length === 0) takeBlock();
+    const port = ports.shift()!;
     try {
       Bun.listen({ hostname: "127.0.0.1", port, socket: { data() {} } }).stop(true);
       return port;
@@ -182,6 +228,24 @@ function freePort(): number {
       // It is taken.
     }
   }
+}
+
+function takeBlock(): void {
+  const first = Math.floor(Math.random() * PORT_BLOCKS);
+  for (let at = 0; at < PORT_BLOCKS; at++) {
+    const block = (first + at) % PORT_BLOCKS;
+    try {
+      const held = Bun.listen({ unix: `\0reprise-test-ports-${block}`, socket: { data() {} } });
+      held.unref();
+      blocks.push(held);
+      const from = FIRST_PORT + block * PORTS_EACH;
+      ports.push(...Array.from({ length: PORTS_EACH }, (_, index) => from + index));
+      return;
+    } catch {
+      // Another process has it.
+    }
+  }
+  throw new Error("All ports for tests are taken");
 }
 
 /** Starts the real server on `root` and returns when it listens. */
@@ -277,7 +341,7 @@ export function killHard(pid: number): void {
 export async function killWorkers(server: Server): Promise<void> {
   const before = server.workers();
   before.forEach(killHard);
-  const areNew = () => server.workers().filter((pid) => !before.includes(pid)).length === before.length;
+  const areNew = () => server.workers().filter((pid) => !before.includes(pid)).length >= before.length;
   await waitFor("new workers", areNew);
 }
 

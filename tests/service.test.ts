@@ -15,6 +15,7 @@ import {
 import { join } from "node:path";
 import { encodeHello } from "../protocol.ts";
 import {
+  freePort,
   HOME,
   makeRoot,
   runClient,
@@ -93,13 +94,6 @@ async function startManager(address: string, port: number): Promise<{ told: Told
 function toldIn(line: string): Told {
   const [message, listeners, answer] = line.split(" ") as [string, string, string];
   return { message: Buffer.from(message, "hex").toString(), listeners: Number(listeners), answer };
-}
-
-function freePort(): number {
-  const listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
-  const { port } = listener;
-  listener.stop(true);
-  return port;
 }
 
 const messages = ({ told }: { told: Told[] }) => told.map(({ message }) => message);
