@@ -17,6 +17,7 @@ import { join } from "node:path";
 import { parseServers, Remote } from "../client.ts";
 import {
   HOME,
+  ifStill,
   makeRoot,
   peakResidentBytes,
   randomBytes,
@@ -80,10 +81,12 @@ describe("get", () => {
     const again = await it.run("get", "photo.png", "--json");
     expect(again).toMatchObject({ status: 0, errors: "client_root/photo.png is complete already\n" });
     expect(JSON.parse(again.output)).toMatchObject({ path: "photo.png", size: image.length, offset: image.length });
-    expect(it.server.log.filter((line) => line.event === "get").length).toBe(1);
     writeFileSync(join(it.folder, "client_root/photo.png"), "edited here");
     expect((await it.run("get", "photo.png", "-q")).status).toBe(0);
     expect(readFileSync(join(it.folder, "client_root/photo.png")).equals(image)).toBe(true);
+    // The first and the last: all lines have come when the server has ended.
+    await it.server.stop("SIGINT");
+    expect(it.server.log.filter((line) => line.event === "get").length).toBe(2);
   });
 
   test("-o and -d say where to, -o - is stdout, --json tells what was done", async () => {
@@ -166,6 +169,7 @@ test("--limit-rate asks for a stretch at a time, which together are the file", a
   await using it = await setUp();
   expect(await it.run("get", "photo.png", "--limit-rate", "400K")).toMatchObject({ status: 0, errors: "" });
   expect(readFileSync(join(it.folder, "client_root/photo.png")).equals(image)).toBe(true);
+  await it.server.stop("SIGINT");
   const stretches = it.server.log.filter((line) => line.event === "get");
   expect(stretches.map((line) => line.offset)).toEqual([0, 400 * 1024 * 5]);
 });
@@ -470,7 +474,7 @@ describe("names of our own", () => {
   /** Whether any thread of the process waits in this kernel function. */
   function threadsIn(pid: number, place: string): boolean {
     return readdirSync(`/proc/${pid}/task`).some((id) =>
-      readFileSync(`/proc/${pid}/task/${id}/wchan`, "utf8").includes(place),
+      ifStill(() => readFileSync(`/proc/${pid}/task/${id}/wchan`, "utf8"))?.includes(place),
     );
   }
 });
@@ -614,13 +618,14 @@ function names(folder: string): string[] {
 describe("Remote", () => {
   test("serves many calls on one connection and reconnects when the server has closed it", async () => {
     using root = makeRoot({ a: "1" });
-    await using server = await startServer(root.path, { args: ["--idle-timeout", "0.2"] });
+    await using server = await startServer(root.path, { args: ["--idle-timeout", "4"] });
     const notes: string[] = [];
     const remote = new Remote({
       servers: [{ host: "127.0.0.1", port: server.port }],
       note: (text) => notes.push(text),
     });
     for (let round = 0; round < 10; round++) expect((await remote.stat("a")).size).toBe(1);
+    await waitFor("all are logged", () => server.log.filter(({ event }) => event === "stat").length === 10);
     expect(new Set(server.log.map((line) => line.worker)).size).toBe(1);
     await waitFor("the server lets go of it", () => server.log.some((line) => line.status === "idle"));
     expect((await remote.stat("a")).size).toBe(1);

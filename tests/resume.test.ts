@@ -15,10 +15,13 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { PartFile, type ResumeLog } from "../resume.ts";
+import { startProxy } from "./faults/proxy.ts";
 import {
   killWorkers,
+  loggedIn,
   makeRoot,
   randomBytes,
+  readResumeLog,
   runClient,
   type Server,
   spawnClient,
@@ -31,7 +34,7 @@ import {
 
 setDefaultTimeout(TEST_MS);
 
-const SIZE = 24 << 20;
+const SIZE = 32 << 20;
 
 interface Place extends AsyncDisposable {
   root: string;
@@ -44,15 +47,18 @@ interface Place extends AsyncDisposable {
   digest: string;
 }
 
-/** A server at 16 MB/s with one file, `big`, and a folder to fetch it into. */
-async function setUp(args: string[] = ["--limit-rate", "16M"]): Promise<Place> {
+/**
+ * A server with one file, `big`, and a folder to fetch it into: so slow that a download is not over before it is killed,
+ * however long the test's own process stands still. See `hurry`.
+ */
+async function setUp(args: string[] = ["--limit-rate", "3M"]): Promise<Place> {
   const root = makeRoot({});
   const folder = temporaryFolder();
   const source = join(root.path, "big");
   const digest = writeLargeFile(source, SIZE);
   const server = await startServer(root.path, { args });
   const file = join(folder.path, "big");
-  return {
+  const it: Place = {
     root: root.path,
     source,
     server,
@@ -62,17 +68,44 @@ async function setUp(args: string[] = ["--limit-rate", "16M"]): Promise<Place> {
     log: `${file}.resume.json`,
     digest,
     async [Symbol.asyncDispose]() {
-      await server[Symbol.asyncDispose]();
+      await it.server[Symbol.asyncDispose]();
       root[Symbol.dispose]();
       folder[Symbol.dispose]();
     },
   };
+  return it;
 }
 
 const digestOf = (path: string) => new Bun.CryptoHasher("sha256").update(readFileSync(path)).digest("hex");
-const readLog = (it: Place) => JSON.parse(readFileSync(it.log, "utf8")) as ResumeLog;
-const loggedBytes = (it: Place) => (existsSync(it.log) ? readLog(it).bytes : 0);
+const readLog = (it: Place) => readResumeLog(it.log)!;
+const loggedBytes = (it: Place) => loggedIn(it.log);
 const gets = (server: Server) => server.log.filter((line) => line.event === "get");
+
+/** The line of the download that was done; it may come later than the client's end. */
+const doneGet = (server: Server) =>
+  waitFor("the get is logged", () => gets(server).find(({ status }) => status === "ok"));
+
+/** Another server on its root and port, which nothing holds up. */
+async function hurry(it: Place): Promise<void> {
+  const { port } = it.server;
+  await it.server.stop("SIGINT");
+  it.server = await startServer(it.root, { port });
+}
+
+/** A wire on which something is done as the first bytes come by, of which the kernel holds less than the whole file. */
+function startTrap(it: Place, spring: () => void) {
+  let isSprung = false;
+  return startProxy({
+    target: it.server.port,
+    toClient(bytes, at) {
+      if (at > 4 << 20 && !isSprung) {
+        isSprung = true;
+        spring();
+      }
+      return bytes;
+    },
+  });
+}
 
 async function get(it: Place, ...args: string[]) {
   return runClient(it.server.address, ["get", "big", "-d", it.folder, ...args]);
@@ -95,10 +128,10 @@ function expectWhole(it: Place, digest = it.digest): void {
 
 describe("kill -9", () => {
   test("of the client, 50 times at random points: each start goes on at the byte that the log names", async () => {
-    await using it = await setUp(["--limit-rate", "2M"]);
+    await using it = await setUp(["--limit-rate", "1M"]);
     const offsets = [0];
     for (let round = 1; round <= 50; round++) {
-      const { log } = await getAndKill(it, loggedBytes(it) + Math.floor(Math.random() * 300_000));
+      const { log } = await getAndKill(it, loggedBytes(it) + 1 + Math.floor(Math.random() * 200_000));
       expect(log).toMatchObject({ command: "get", path: "big", server: it.server.address, size: SIZE });
       await waitFor("the server has logged it", () => gets(it.server).length === round);
       offsets.push(log.bytes);
@@ -115,7 +148,7 @@ describe("kill -9", () => {
   test("of the client: the server sends no byte before the logged offset again", async () => {
     await using it = await setUp();
     const offsets = [0];
-    for (const bytes of [1 << 20, 5 << 20, 12 << 20]) offsets.push((await getAndKill(it, bytes)).log.bytes);
+    for (const bytes of [1 << 20, 3 << 20, 5 << 20]) offsets.push((await getAndKill(it, bytes)).log.bytes);
     expect((await get(it)).status).toBe(0);
     await waitFor("four requests are logged", () => gets(it.server).length === 4);
     expect(gets(it.server).map((line) => line.offset)).toEqual(offsets);
@@ -124,12 +157,14 @@ describe("kill -9", () => {
   });
 
   test("of both workers in mid-download, 25 times: the client goes on by itself", async () => {
-    await using it = await setUp(["--limit-rate", "3M"]);
+    await using it = await setUp(["--limit-rate", "500K"]);
     const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
     for (let killed = 0, bytes = 0; killed < 25; killed++) {
-      bytes = await waitFor("bytes have come", () => (loggedBytes(it) > bytes ? loggedBytes(it) : 0));
+      const before = bytes;
+      bytes = await waitFor("bytes have come", () => [loggedBytes(it)].find((now) => now > before));
       await killWorkers(it.server);
     }
+    await hurry(it);
     expect(await child.exited).toBe(0);
     expect((await new Response(child.stderr).text()).match(/trying again/g)!.length).toBeGreaterThanOrEqual(25);
     expectWhole(it);
@@ -144,11 +179,11 @@ describe("kill -9", () => {
     expect(await child.exited).toBe(8);
     expect(await new Response(child.stderr).text()).toContain("given up after 2 retries");
     const { bytes } = readLog(it);
-    const again = await startServer(it.root, { port });
-    await using _ = again;
+    await using again = await startServer(it.root, { port });
     const run = await runClient("127.0.0.1:1", ["resume", "-d", it.folder]);
     expect(run.errors).toContain("resuming");
     expect(run.status).toBe(0);
+    await doneGet(again);
     expect(gets(again).map((line) => line.offset)).toEqual([bytes]);
     expectWhole(it);
   });
@@ -164,8 +199,9 @@ describe("signals to the client", () => {
     expect(run.status).toBe(status);
     expect(run.errors).toContain("the same command goes on from here");
     expect(existsSync(it.part)).toBe(true);
+    await hurry(it);
     expect((await get(it)).status).toBe(0);
-    expect(gets(it.server).at(-1)!.offset).toBe(run.log.bytes);
+    expect((await doneGet(it.server)).offset).toBe(run.log.bytes);
     expectWhole(it);
   });
 });
@@ -177,6 +213,7 @@ describe("the file changed on the server", () => {
   test("between two runs: said, started again, the new version", async () => {
     await using it = await setUp();
     await getAndKill(it, 3 << 20);
+    await hurry(it);
     writeFileSync(it.source, replacement);
     const run = await get(it);
     expect(run.status).toBe(0);
@@ -199,22 +236,20 @@ describe("the file changed on the server", () => {
     ["made longer", (source) => appendFileSync(source, "more"), ""],
   ];
   test.each(ways)("in mid-file, %s: never a mixture", async (_, change, digest) => {
-    await using it = await setUp();
-    const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
-    await waitFor("bytes have come", () => loggedBytes(it) > 4 << 20);
-    change(it.source);
-    expect(await child.exited).toBe(0);
-    expect(await new Response(child.stderr).text()).toContain("starting again");
+    await using it = await setUp([]);
+    using trap = startTrap(it, () => change(it.source));
+    const run = await runClient(trap.address, ["get", "big", "-d", it.folder]);
+    expect(run).toMatchObject({ status: 0, errors: expect.stringContaining("starting again") });
     expectWhole(it, digest || digestOf(it.source));
   });
 
   test("replaced by a rename in mid-file: the old version, whole", async () => {
-    await using it = await setUp();
-    const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
-    await waitFor("bytes have come", () => loggedBytes(it) > 4 << 20);
-    writeFileSync(`${it.source}.new`, replacement);
-    renameSync(`${it.source}.new`, it.source);
-    expect(await child.exited).toBe(0);
+    await using it = await setUp([]);
+    using trap = startTrap(it, () => {
+      writeFileSync(`${it.source}.new`, replacement);
+      renameSync(`${it.source}.new`, it.source);
+    });
+    expect((await runClient(trap.address, ["get", "big", "-d", it.folder])).status).toBe(0);
     expectWhole(it);
   });
 
@@ -233,24 +268,28 @@ describe("the file changed on the server", () => {
   });
 
   test("again and again: given up with status 5", async () => {
-    await using it = await setUp();
-    const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder, "--retries", "2"]);
-    const changing = setInterval(() => appendFileSync(it.source, "x"), 50);
-    try {
-      expect(await child.exited).toBe(5);
-    } finally {
-      clearInterval(changing);
-    }
-    expect(await new Response(child.stderr).text()).toContain("again and again; get it when it is at rest");
+    await using it = await setUp([]);
+    using proxy = startProxy({
+      target: it.server.port,
+      toClient(bytes, at) {
+        if (at > 1 << 20) appendFileSync(it.source, "x");
+        return bytes;
+      },
+    });
+    const run = await runClient(proxy.address, ["get", "big", "-d", it.folder, "--retries", "2"]);
+    expect(run).toMatchObject({
+      status: 5,
+      errors: expect.stringContaining("again and again; get it when it is at rest"),
+    });
   });
 
   test("renamed in mid-file on the server, so that there is none to start again with: the part stays", async () => {
     await using it = await setUp();
     const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
-    await waitFor("bytes have come", () => loggedBytes(it) > 4 << 20);
+    await waitFor("bytes have come", () => loggedBytes(it) > 1 << 20);
     renameSync(it.source, `${it.source}-away`);
     expect(await child.exited).toBe(3);
-    expect(loggedBytes(it)).toBeGreaterThan(4 << 20);
+    expect(loggedBytes(it)).toBeGreaterThan(1 << 20);
     renameSync(`${it.source}-away`, it.source);
     expect((await get(it)).status).toBe(0);
     expectWhole(it);
@@ -296,8 +335,9 @@ describe("part and log", () => {
     ],
   ];
   test.each(damages)("%s: said, the part kept aside, the file right", async (_, damage, text) => {
-    await using it = await setUp(["--limit-rate", "64M"]);
+    await using it = await setUp();
     await getAndKill(it, 3 << 20);
+    await hurry(it);
     damage(it);
     const part = readFileSync(it.part);
     const run = await get(it);
@@ -310,11 +350,12 @@ describe("part and log", () => {
   });
 
   test("a part longer than its log says: what the log does not count is fetched again, nothing else", async () => {
-    await using it = await setUp(["--limit-rate", "64M"]);
+    await using it = await setUp();
     const { log } = await getAndKill(it, 3 << 20);
+    await hurry(it);
     appendFileSync(it.part, "rubbish");
     expect(await get(it)).toMatchObject({ status: 0, errors: "" });
-    expect(gets(it.server).at(-1)!.offset).toBe(log.bytes);
+    expect((await doneGet(it.server)).offset).toBe(log.bytes);
     expectWhole(it);
   });
 
@@ -322,7 +363,10 @@ describe("part and log", () => {
     await using it = await setUp();
     const first = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
     await waitFor("the first has begun", () => loggedBytes(it) > 0);
+    // It holds it for as long as it is there, and is there until the second has ended.
+    first.kill("SIGSTOP");
     const second = await get(it);
+    first.kill("SIGCONT");
     expect(second.status).toBe(7);
     expect(second.errors).toContain(`is being written by process ${first.pid}`);
     expect(await first.exited).toBe(0);
@@ -334,30 +378,36 @@ describe("part and log", () => {
     const env = { REPRISE_FFI: "0" };
     const first = spawnClient(it.server.address, ["get", "big", "-d", it.folder], { env });
     await waitFor("the first has begun", () => loggedBytes(it) > 0);
+    first.kill("SIGSTOP");
     const second = await runClient(it.server.address, ["get", "big", "-d", it.folder], { env });
     expect(second.status).toBe(7);
     expect(second.errors).toContain(`is being written by process ${first.pid}`);
     first.kill("SIGKILL");
     await first.exited;
+    await hurry(it);
     const third = await runClient(it.server.address, ["get", "big", "-d", it.folder], { env });
     expect(third).toMatchObject({ status: 0, errors: "" });
     expectWhole(it);
   });
 
   test("a part that was taken away or replaced under a download is not given its name", async () => {
-    await using it = await setUp();
-    const child = spawnClient(it.server.address, ["get", "big", "-d", it.folder]);
-    await waitFor("bytes have come", () => loggedBytes(it) > 1 << 20);
-    renameSync(it.part, `${it.part}-away`);
-    writeFileSync(it.part, "evil");
-    expect(await child.exited).toBe(7);
+    await using it = await setUp([]);
+    using trap = startTrap(it, () => {
+      renameSync(it.part, `${it.part}-away`);
+      writeFileSync(it.part, "evil");
+    });
+    const run = await runClient(trap.address, ["get", "big", "-d", it.folder]);
+    expect(run).toMatchObject({
+      status: 7,
+      errors: expect.stringContaining("something else took the name of its part"),
+    });
     expect(existsSync(it.file)).toBe(false);
-    expect(await new Response(child.stderr).text()).toContain("something else took the name of its part");
   });
 
   test("a log left behind by a download that had finished is removed", async () => {
-    await using it = await setUp(["--limit-rate", "64M"]);
+    await using it = await setUp();
     const { log } = await getAndKill(it, 1 << 20);
+    await hurry(it);
     expect((await get(it)).status).toBe(0);
     writeFileSync(it.log, JSON.stringify({ ...log, bytes: log.size }));
     const run = await runClient(it.server.address, ["resume", "-d", it.folder]);
@@ -374,10 +424,11 @@ describe("part and log", () => {
     nested.log = `${nested.file}.resume.json`;
     nested.folder = join(it.folder, "client_root/deep");
     const { log } = await getAndKill(nested, 1 << 20);
+    await hurry(it);
     const run = await runClient(it.server.address, [], { cwd: it.folder, stdin: "" });
     expect(run.status).toBe(0);
     expect(run.errors).toContain(`resuming client_root/deep/big from ${it.server.address} at`);
-    expect(gets(it.server).at(-1)!.offset).toBe(log.bytes);
+    expect((await doneGet(it.server)).offset).toBe(log.bytes);
     expectWhole(nested);
   });
 });
@@ -424,7 +475,7 @@ test.skipIf(!canMount)("a full disk: status 7, and goes on when there is room", 
     expect(log.bytes).toBeGreaterThan(1 << 20);
     Bun.spawnSync(["mount", "-o", "remount,size=64M", small.path]);
     expect((await runClient(it.server.address, args)).status).toBe(0);
-    expect(gets(it.server).at(-1)!.offset).toBe(log.bytes);
+    expect((await doneGet(it.server)).offset).toBe(log.bytes);
     expect(digestOf(join(small.path, "big"))).toBe(it.digest);
   } finally {
     Bun.spawnSync(["umount", small.path]);

@@ -267,7 +267,10 @@ describe("limits", () => {
       stdio: ["ignore", "pipe", "pipe"],
     });
     const errors = child.stderr.getReader();
-    expect(new TextDecoder().decode((await errors.read()).value)).toContain("taking 86");
+    let said = "";
+    for (let part = await errors.read(); !part.done && !said.includes("taking 86"); part = await errors.read())
+      said += new TextDecoder().decode(part.value);
+    expect(said).toContain("taking 86");
     await child.stdout.getReader().read();
     child.kill("SIGINT");
     expect(await child.exited).toBe(0);
@@ -324,6 +327,8 @@ describe("signals", () => {
     await using server = await startServer(root.path, { args: ["--limit-rate", "2M", "--grace", "20"] });
     using idle = await connectRaw(server.port);
     idle.socket.write(encodeHello());
+    // One that the worker does not know yet would only be closed.
+    await waitFor("it is greeted", () => idle.received().length > 0);
     const running = spawnClient(server.address, ["cat", "a"]);
     const reader = running.stdout.getReader();
     let bytes = (await reader.read()).value?.length ?? 0;
@@ -368,14 +373,14 @@ describe("signals", () => {
       const grace = signals.length === 1 ? "0.2" : "1000";
       await using server = await startServer(root.path, { args: ["--limit-rate", "1M", "--grace", grace] });
       const client = spawnClient(server.address, ["cat", "big", "--retries", "0"]);
-      const reading = new Response(client.stdout).bytes();
-      await waitFor("it is served", () => server.workers().length === 2 && connectionsTo(server.port) > 0);
+      const reader = client.stdout.getReader();
+      expect((await reader.read()).done).toBe(false);
       if (signals.length === 2) {
         server.process.kill("SIGTERM");
         await nobodyListens(server);
       }
       expect(await server.stop("SIGTERM")).toBe(0);
-      await reading;
+      for (let part = await reader.read(); !part.done; ) part = await reader.read();
       const errors = await new Response(client.stderr).text();
       if (signals.length === 1) expect(errors).toContain("the server is stopping");
       expect([8, 9]).toContain(await client.exited);
@@ -393,10 +398,9 @@ describe("signals", () => {
     for (let part = await reader.read(); !part.done; part = await reader.read()) bytes += part.value.length;
     expect(bytes).toBe(3_000_000);
     expect(await client.exited).toBe(0);
-    const after = await waitFor("two new workers", () =>
-      server.workers().length === 2 ? server.workers() : undefined,
-    );
-    expect(after.filter((pid) => before.includes(pid))).toEqual([]);
+    const areNew = (workers: number[]) => workers.length === 2 && workers.every((pid) => !before.includes(pid));
+    await waitFor("two new workers", () => areNew(server.workers()));
+    await waitFor("it is logged", () => server.log.filter((line) => line.event === "worker").length >= 2);
     expect(server.log.filter((line) => line.event === "worker").length).toBe(2);
   });
 
