@@ -99,6 +99,7 @@ describe.skipIf(noCeph !== undefined)("a cache before a bucket", () => {
     // And the first version again, which has the etag that it had.
     await objects.write("hot/file", contents[0]!);
     expect(await get(contents[0]!)).toBe(0);
+    await server.stop("SIGTERM");
     expect(server.log.filter(({ event }) => event === "cache" || event === "bug")).toEqual([]);
   });
 

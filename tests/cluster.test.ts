@@ -23,19 +23,22 @@ import { join } from "node:path";
 import { parseServers, Remote } from "../client.ts";
 import { EmbeddedLedger } from "../ledger.ts";
 import type { Meta } from "../protocol.ts";
-import type { ResumeLog, Target } from "../resume.ts";
+import type { Target } from "../resume.ts";
 import type { Source } from "../source.ts";
 import { type Cluster, type Node, startCluster, statusOf } from "./clusters.ts";
 import { startProxy } from "./faults/proxy.ts";
 import {
   type Files,
+  ifStill,
   killHard,
+  loggedIn,
   makeRoot,
   mountSmall,
   randomBytes,
   runClient,
   seeded,
   sha256,
+  sizeOf,
   spawnClient,
   startServer,
   TEST_MS,
@@ -122,12 +125,7 @@ async function namesIn(remote: Remote, path: string, recursive = false): Promise
 
 /** The tree below one folder of a node; nothing where there is none. */
 function treeIn({ root }: Node, folder: string): string[] {
-  try {
-    return treeOf(join(root, folder));
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
-    return [];
-  }
+  return ifStill(() => treeOf(join(root, folder))) ?? [];
 }
 
 /** What a folder has, by name and content: no times. */
@@ -408,13 +406,12 @@ describe("changes", () => {
     expect(new Set(etags).size).toBe(1);
     const file = join(folder.path, "resumed.bin");
     const args = ["get", "resumed.bin", "-q", "-d", folder.path];
-    const child = spawnClient(b.server.address, [...args, "--limit-rate", "8M"]);
-    const log = () => JSON.parse(readFileSync(`${file}.resume.json`, "utf8")) as ResumeLog;
-    const isThere = () => readdirSync(folder.path).includes("resumed.bin.resume.json");
-    await waitFor("some of it has come", () => isThere() && log().bytes > 2 * MIB);
+    const child = spawnClient(b.server.address, [...args, "--limit-rate", "2M"]);
+    const bytes = () => loggedIn(`${file}.resume.json`);
+    await waitFor("some of it has come", () => bytes() > 2 * MIB);
     child.kill("SIGKILL");
     await child.exited;
-    const held = log().bytes;
+    const held = bytes();
     const run = await runClient(c.server.address, args);
     expect([run.status, run.errors]).toEqual([0, ""]);
     expect(await sha256(file)).toBe(digest);
@@ -461,13 +458,13 @@ describe("changes", () => {
 
 describe("interruptions", () => {
   test("a member that is killed while it fetches a large file goes on where it was", async () => {
-    await using cluster = await startCluster({ replicas: 2, args: ["--writable", "--limit-rate", "40M"] });
+    await using cluster = await startCluster({ replicas: 2, args: ["--writable", "--limit-rate", "12M"] });
     const [, b, c] = cluster.nodes as [Node, Node, Node];
     const size = 64 * MIB;
     const digest = writeLargeFile(join(b.root, "large.bin"), size, 11);
     const staging = join(c.root, ".reprise");
     const staged = () => readdirSync(staging).find((name) => /^put-[0-9a-f]{32}$/.test(name));
-    const held = () => (staged() === undefined ? 0 : statSync(join(staging, staged()!)).size);
+    const held = () => sizeOf(join(staging, staged() ?? "none"));
     await waitFor("a third of it has come", () => held() > size / 3);
     await killAll(c);
     const before = held();
@@ -517,12 +514,12 @@ describe("interruptions", () => {
     using folder = temporaryFolder();
     const source = join(folder.path, "source");
     const digest = writeLargeFile(source, size, 13);
-    await using cluster = await startCluster({ replicas: 3, args: ["--writable", "--limit-rate", "12M"] });
+    await using cluster = await startCluster({ replicas: 3, args: ["--writable", "--limit-rate", "4M"] });
     cpSync(source, join(cluster.master.root, "film"));
     await cluster.settled();
     const whole = readFileSync(source);
-    for (let round = 0; round < 20; round++) {
-      const file = join(folder.path, `got${round}`);
+    for (let round = 0, tries = 0; round < 20; tries++) {
+      const file = join(folder.path, `got${tries}`);
       const way = round % 3;
       const more = way === 2 ? ["--segments", "3"] : [];
       const args = way === 1 ? ["cat", "film"] : ["get", "film", "-o", file, ...more];
@@ -535,11 +532,15 @@ describe("interruptions", () => {
       });
       const victim = cluster.replicas.find(({ server }) => server.address === sent)!;
       const part = `${file}.part`;
-      if (way !== 1) await waitFor("some of it has come", () => Bun.file(part).size > MIB);
+      const isMiddle = () => sizeOf(part) > MIB || client.exitCode !== null;
+      if (way !== 1) await waitFor("some of it has come", isMiddle);
       // At a limited rate: what it takes for a connection is all that a test sees of a pipe that is read to its end.
       else await waitFor("it is connected", async () => (await victim.status().catch(() => undefined)) !== undefined);
+      // It was done before we looked: that is no round.
+      if (client.exitCode !== null) continue;
       await killAll(victim);
       expect([round, await client.exited, await errors]).toEqual([round, 0, ""]);
+      round++;
       if (way === 1) expect((await out).length === size && whole.equals(await out)).toBe(true);
       else expect(await sha256(file)).toBe(digest);
       await victim.start();
@@ -584,7 +585,7 @@ describe("interruptions", () => {
   });
 
   test("what was put through a replica that dies is on all, or the client says that it is not", async () => {
-    await using cluster = await startCluster({ replicas: 3, args: ["--writable", "--limit-rate", "16M"] });
+    await using cluster = await startCluster({ replicas: 3, args: ["--writable", "--limit-rate", "2M"] });
     using folder = temporaryFolder();
     const size = 8 * MIB;
     for (let round = 0; round < 6; round++) {
@@ -602,7 +603,7 @@ describe("interruptions", () => {
       const staged = () => readdirSync(staging).filter((name) => name.startsWith("put-") && !name.endsWith(".lock"));
       if (round % 2 === 0)
         await waitFor("some of it is there", () => {
-          return staged().some((name) => (Bun.file(join(staging, name)).size || 0) > MIB);
+          return staged().some((name) => sizeOf(join(staging, name)) > MIB);
         });
       // All of it is there, and not yet acknowledged, or just so.
       else await waitFor("it has its name", () => readdirSync(victim.root).includes(name));
@@ -679,7 +680,7 @@ describe("conflicts", () => {
     const [a] = cluster.nodes as [Node];
     await waitFor("nothing more comes of it", () => {
       return Object.entries(CASES).every(([what, { remains }]) => {
-        return Bun.deepEquals(Object.values(filesIn(a, what)).sort(), remains);
+        return Bun.deepEquals(Object.values(ifStill(() => filesIn(a, what)) ?? {}).sort(), remains);
       });
     });
     await cluster.settled();
@@ -704,7 +705,8 @@ describe("conflicts", () => {
       },
       { file: "content" },
     );
-    const times = () => cluster.nodes.map(({ root }) => Math.round(statSync(join(root, "file")).mtimeMs));
+    const times = () =>
+      ifStill(() => cluster.nodes.map(({ root }) => Math.round(statSync(join(root, "file")).mtimeMs))) ?? [];
     await waitFor("all have one", () => new Set(times()).size === 1 && [1e6, 2e6].includes(times()[0]!));
     expect((await cluster.settled()).length).toBe(1);
   });
@@ -729,7 +731,7 @@ describe("conflicts", () => {
       return files.map(({ parentPath, name }) => readFileSync(join(parentPath, name), "utf8")).sort();
     };
     const all = ["a file of b", "b", "changed by b", "of b", "of c", "of c, for a file", "of c, in the folder", "x"];
-    await waitFor("all is there", () => Bun.deepEquals(contents(), all.sort()));
+    await waitFor("all is there", () => Bun.deepEquals(ifStill(contents), all.sort()));
     await cluster.settled();
     expect(contents()).toEqual(all.sort());
   });
@@ -796,7 +798,10 @@ describe("coming back", () => {
     await cluster.settled();
     const c = await cluster.add({ "same.txt": "same", "other.txt": "of c", c: "c", "folder/d": "d" });
     await cluster.live();
-    await waitFor("it has come", () => !gone(a, "c") && Object.values(filesIn(a, "")).includes("of c"));
+    await waitFor(
+      "it has come",
+      () => !gone(a, "c") && Object.values(ifStill(() => filesIn(a, "")) ?? {}).includes("of c"),
+    );
     const names = (await cluster.settled()).map((line) => line.split(" ")[0]!);
     const copy = names.find((name) => name.includes(".conflict-"))!;
     expect(names).toEqual(["a", "c", "folder", "folder/d", copy, "other.txt", "same.txt"].sort());
@@ -834,10 +839,8 @@ describe("hindrances", () => {
     await waitFor("the command shows it", async () => {
       return (await runClient(cluster.address, ["status"])).output.includes("no room on the server for ");
     });
-    expect([full.stderr().includes("; it is tried again"), said.problem!.includes("put it again")]).toEqual([
-      true,
-      false,
-    ]);
+    await waitFor("it is logged", () => full.stderr().includes("; it is tried again"));
+    expect(said.problem).not.toContain("put it again");
     const remote = remoteOf(b);
     await put(remote, "small", randomBytes(1000, 3));
     remote.close();
@@ -848,11 +851,14 @@ describe("hindrances", () => {
       expect([run.status, run.stdout.length]).toEqual([0, 7 * MIB]);
     }
     unlinkSync(join(a.root, "one"));
-    await waitFor("it has caught up", () => Bun.deepEquals(treeOf(disk.path), treeOf(b.root)));
+    await waitFor("it has caught up", () => {
+      const [here, there] = [disk.path, b.root].map((root) => ifStill(() => treeOf(root)));
+      return here && Bun.deepEquals(here, there);
+    });
     await waitFor("status says so", async () => {
       return (await a.status()).replicas.every(({ problem, lag }) => problem === undefined && lag === 0);
     });
-    expect(full.stderr()).toContain("nothing keeps the files here behind any more");
+    await waitFor("it is logged", () => full.stderr().includes("nothing keeps the files here behind any more"));
     expect(readdirSync(disk.path).sort()).toEqual([".reprise", "small", "two"]);
   });
 
@@ -892,7 +898,10 @@ describe("hindrances", () => {
     await using late = await startServer(root.path, { args, env });
     expect(Date.now() - Date.parse((await waitFor("it has joined", () => late.log.at(-1))).time!)).toBeGreaterThan(4e6);
     writeTree(cluster.replicas[0]!.root, { one: "1" });
-    await waitFor("it has it", () => Bun.deepEquals(treeOf(root.path), treeOf(cluster.replicas[0]!.root)));
+    await waitFor("it has it", () => {
+      const [here, there] = [root.path, cluster.replicas[0]!.root].map((root) => ifStill(() => treeOf(root)));
+      return here && Bun.deepEquals(here, there);
+    });
     writeFileSync(join(root.path, "one"), "changed");
     await waitFor("all have it", () => readFileSync(join(cluster.master.root, "one"), "utf8") === "changed");
     expect((await statusOf(late.address)).problem).toBeUndefined();

@@ -182,12 +182,12 @@ const ALONE: ClusterState = { role: "alone", node: "me", revision: 0, replicas: 
 const MASTER: ClusterState = { ...ALONE, role: "master" };
 
 /** Tells all workers, and returns when each has it: they are asked as often as it takes to have met both. */
-async function tellAll(server: Server, keepers: Keepers, cluster: ClusterState): Promise<void> {
+async function tellAll(server: Server, keepers: Keepers, cluster: ClusterState, token = ""): Promise<void> {
   await waitFor("there is a keeper", () => keepers.told.length > 0);
   keepers.say({ worker: 0, cluster });
   const met = new Set<number>();
   await waitFor("every worker knows", async () => {
-    using guest = await visit(server.port, { flags: DIRECT });
+    using guest = await visit(server.port, { flags: DIRECT, token });
     const answer = await guest.ask({ action: "status" });
     if (answer.type !== "info") return false;
     const { worker, revision, role } = answer.info as { worker: number; revision: number; role: string };
@@ -354,14 +354,12 @@ describe("clients are sent on", () => {
     using tree = makeRoot({ "d/f": "1" });
     const tokens = tokensFile(root.path);
     await using server = await startNode(tree.path, keepers, [...JOIN, "--tokens", tokens.path]);
-    await waitFor("there is a keeper", () => keepers.told.length > 0);
-    keepers.say({ worker: 0, cluster: { ...MASTER, secrets: ["of-members"], replicas: [member(1001)] } });
+    await tellAll(server, keepers, { ...MASTER, secrets: ["of-members"], replicas: [member(1001)] }, tokens.bob);
     const first = async (token: string) => {
       using guest = await visit(server.port, { flags: 0, token });
       return brief(guest.answers[0]);
     };
-    for (let at = 0; at < 10; at++)
-      await waitFor("both workers know", async () => (await first(tokens.ann)) !== "welcome");
+    expect(await first(tokens.ann)).toBe("127.0.0.1:1001");
     expect(await first(tokens.bob)).toBe("welcome");
     expect(await first("of-members")).toBe("welcome");
     expect(await first("guessed")).toBe("denied");
@@ -479,10 +477,9 @@ describe("a link", () => {
     fourth.guest.socket.destroy();
     expect(await server.process.exited).toBe(0);
     const last = keepers.told.at(-1)!;
-    expect(last.filter(({ message }) => typeof message === "string").map(({ message }) => message)).toEqual([
-      "drain",
-      "stop",
-    ]);
+    const signals = () => last.flatMap(({ message }) => (typeof message === "string" ? [message] : []));
+    await waitFor("all that it heard has come", () => signals().includes("stop"));
+    expect(signals()).toEqual(["drain", "stop"]);
     expect(isAlive(last[0]!.pid!)).toBe(false);
   });
 
@@ -509,8 +506,7 @@ describe("a link", () => {
     using tree = makeRoot({ "d/f": "1" });
     const tokens = tokensFile(folder.path);
     await using server = await startNode(tree.path, keepers, ["--tokens", tokens.path, ...JOIN]);
-    await waitFor("there is a keeper", () => keepers.told.length > 0);
-    keepers.say({ worker: 0, cluster: { ...MASTER, secrets: ["of-members"] } });
+    await tellAll(server, keepers, { ...MASTER, secrets: ["of-members"] }, tokens.bob);
     for (const token of [tokens.ann, tokens.sub]) {
       using guest = await visit(server.port, { token });
       expect(brief(await guest.ask(link()))).toBe("denied");
@@ -644,7 +640,8 @@ describe("a change in a cluster", () => {
     using keepers = startKeepers();
     using tree = makeRoot({});
     await using server = await startNode(tree.path, keepers, [...JOIN, "--writable"]);
-    await tellAll(server, keepers, ALONE);
+    // Another revision than before it was told.
+    await tellAll(server, keepers, { ...ALONE, revision: 1 });
     using guest = await visit(server.port);
     expect(brief(await guest.ask(put("f")))).toBe("meta");
     expect(keepers.of("announce")).toHaveLength(0);
