@@ -1145,11 +1145,10 @@ test.skipIf(!canMount)(
     expect(readFileSync(join(small.path, "big")).equals(readFileSync(join(root.path, "big")))).toBe(true);
     expect(readdirSync(small.path)).toEqual(["big"]);
     // What had come by then did not come again.
-    const [offset] = server.log
-      .filter(({ event, status }) => event === "get" && status === "ok")
-      .map((line) => line.offset);
-    expect(server.log.filter(({ path }) => path === "big").at(-1)?.offset).toBeGreaterThan(0);
-    expect(offset).toBeDefined();
+    const done = await waitFor("it is logged", () =>
+      server.log.find(({ event, path, status }) => event === "get" && path === "big" && status === "ok"),
+    );
+    expect(done.offset).toBeGreaterThan(0);
   },
 );
 

@@ -40,12 +40,14 @@ import {
   connectRaw,
   HOME,
   isAlive,
+  killHard,
   type LogLine,
   makeRoot,
   randomBytes,
   runClient,
   type Server,
   type ServerOptions,
+  sizeOf,
   spawnClient,
   startServer,
   TEST_MS,
@@ -721,7 +723,7 @@ describe("a token for a folder", () => {
     const first = spawnClient(proxy.address, args, { env });
     const staging = join(root.path, ".reprise");
     const name = await waitFor("some of it is staged", () =>
-      readdirSync(staging).find((name) => name.startsWith("put-") && statSync(join(staging, name)).size > 8 << 20),
+      readdirSync(staging).find((name) => name.startsWith("put-") && sizeOf(join(staging, name)) > 8 << 20),
     );
     first.kill("SIGKILL");
     await first.exited;
@@ -779,7 +781,10 @@ describe("a token for a folder", () => {
       { stdio: ["ignore", "ignore", "inherit"] },
     );
     const seen = { in: 0, denied: 0 };
-    for (let round = 0; round < 10; round++) {
+    // Until there was a race, however little of the processor the other gets.
+    const isRace = () => Math.min(seen.in, seen.denied) > 0;
+    let round = 0;
+    for (; round < 10 || (!isRace() && round < 100); round++) {
       const visits = Array.from({ length: 30 }, async () => {
         using guest = await visit(it.port);
         const requests = [get("a"), list(""), put("n"), { action: "quit" } as const].map(encodeRequest);
@@ -793,9 +798,8 @@ describe("a token for a folder", () => {
     }
     swap.kill("SIGKILL");
     await swap.exited;
-    expect(seen.in + seen.denied).toBe(300);
-    // Else there was no race.
-    expect(Math.min(seen.in, seen.denied)).toBeGreaterThan(0);
+    expect(seen.in + seen.denied).toBe(30 * round);
+    expect(isRace()).toBe(true);
     expect(readdirSync(join(root.path, "other")).sort()).toEqual(["a", "b", "s"]);
   });
 });
@@ -1276,9 +1280,11 @@ describe("the client's token", () => {
     limit = Number.POSITIVE_INFINITY;
     await run(["resume", "-d", "here", "--server", proxy.address]);
     expect(hashOfFile(join(local.path, "here/big"))).toBe(hashOfFile(join(root.path, "ann/big")));
-    expect(it.server.log.filter(({ event }) => event === "close" || event === "put").length).toBeGreaterThan(0);
+    const isLogged = () => it.server.log.some(({ event }) => event === "close" || event === "put");
+    await waitFor("something is logged", isLogged);
     for (const pid of [it.server.process.pid, ...it.server.workers()])
       seen.push(readFileSync(`/proc/${pid}/cmdline`, "utf8"));
+    await it.server.stop("SIGINT");
     seen.push(it.server.stderr(), readFileSync(it.file, "utf8"));
     for (const text of seen) expect(text).not.toContain(it.tokens.ann.slice(5));
     expect(new Set(it.server.log.map(({ token }) => token))).toContain("ann");
@@ -1472,7 +1478,7 @@ describe("counts over all workers", () => {
     await fill(port, held, most);
     for (let round = 0; round < 5; round++) {
       const victim = server.workers()[round % workers]!;
-      process.kill(victim, "SIGKILL");
+      killHard(victim);
       await waitFor("it is gone", () => !isAlive(victim));
       await waitFor("another is there", () => server.workers().length === workers);
       // Of those that the worker had, not one is left; the others are as they were.
@@ -1657,7 +1663,7 @@ describe("slow peers", () => {
     using root = makeRoot({});
     const size = 16 << 20;
     const digest = writeLargeFile(join(root.path, "big"), size);
-    const args = ["--writable", "--idle-timeout", "3", "--min-rate", "100"];
+    const args = ["--writable", "--idle-timeout", "5", "--min-rate", "100"];
     await using server = await startServer(root.path, { args });
     using guest = await enter(server.port);
     const content = randomBytes(20_000);
@@ -1679,7 +1685,7 @@ describe("slow peers", () => {
     async () => {
       using root = makeRoot({});
       writeLargeFile(join(root.path, "big"), 64 << 20);
-      await using server = await startServer(root.path, { args: ["--idle-timeout", "1.5", "--min-rate", "10000"] });
+      await using server = await startServer(root.path, { args: ["--idle-timeout", "3", "--min-rate", "10000"] });
       const socket = connect({ host: "127.0.0.1", port: server.port });
       let pieces = 0;
       let end: string | undefined;
@@ -1699,7 +1705,7 @@ describe("slow peers", () => {
   test("--min-rate 0 leaves alone whoever sends a byte within --idle-timeout", async () => {
     using root = makeRoot({});
     await using server = await startServer(root.path, {
-      args: ["--writable", "--idle-timeout", "3", "--min-rate", "0"],
+      args: ["--writable", "--idle-timeout", "5", "--min-rate", "0"],
     });
     using guest = await enter(server.port);
     const going = guest.ask(put("f", { size: 30, content: undefined }));

@@ -1,6 +1,6 @@
 /** What a server takes and gives at the most: the size of an upload, the space that is left, the length of a list. */
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, mkdirSync, readdirSync, readFileSync, statfsSync, statSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, statfsSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { type FolderUpload, openChanges } from "../changes.ts";
 import {
@@ -24,6 +24,7 @@ import {
   mountSmall,
   randomBytes,
   runClient,
+  sizeOf,
   startServer,
   TEST_MS,
   temporaryFolder,
@@ -53,8 +54,7 @@ const put = (fields: Partial<Put> = {}): Put => ({
 
 const writable = (...args: string[]) => ({ args: ["--writable", ...args] });
 const staged = (root: string) => readdirSync(join(root, ".reprise")).filter((name) => name !== "lock");
-const heldBytes = (root: string) =>
-  statSync(join(root, ".reprise", `put-${ID}`), { throwIfNoEntry: false })?.size ?? -1;
+const heldBytes = (root: string) => sizeOf(join(root, ".reprise", `put-${ID}`));
 const freeBytes = (path: string) => {
   const { bavail, bsize } = statfsSync(path);
   return bavail * bsize;
@@ -116,7 +116,7 @@ describe("--max-upload", () => {
       );
       expect(existsSync(join(root.path, "f"))).toBe(false);
     }
-    expect(staged(root.path)).toEqual([]);
+    await waitFor("nothing is left of it", () => staged(root.path).length === 0);
     expect(existsSync(join(folder.path, "client_root"))).toBe(false);
   });
 
@@ -160,7 +160,7 @@ describe("--max-upload", () => {
     using it = await speak(server.port);
     await it.ask(put({ size, offset }));
     expect(await it.error()).toMatchObject({ code: "too_large" });
-    expect(existsSync(held)).toBe(false);
+    await waitFor("it is dropped", () => !existsSync(held));
   });
 
   test("put - ends with status 4 and one line", async () => {
@@ -217,7 +217,7 @@ describe("--max-upload", () => {
       expect(readFileSync(join(root.path, "t", name))).toEqual(Buffer.from(content));
     }
     for (const name of Object.keys(large)) expect(existsSync(join(root.path, "t", name))).toBe(false);
-    expect(staged(root.path)).toEqual([]);
+    await waitFor("nothing is left of it", () => staged(root.path).length === 0);
     expect(existsSync(join(folder.path, "client_root"))).toBe(false);
   });
 });

@@ -45,8 +45,9 @@ describe.skipIf(noCeph !== undefined)("servers of one bucket", () => {
     await using c = await start("joined", "--join", a.address);
     await live(a, 2);
     await checkShared([a, b, c]);
-    const sent = new Set(a.log.filter(({ event }) => event === "redirect").map(({ to }) => to));
-    expect(sent).toEqual(new Set([b.address, c.address]));
+    const sent = () => new Set(a.log.filter(({ event }) => event === "redirect").map(({ to }) => to));
+    await waitFor("both are logged", () => sent().size === 2);
+    expect(sent()).toEqual(new Set([b.address, c.address]));
     const status = await statusOf(a.address);
     expect([status.role, status.revision]).toEqual(["master", 0]);
     await c.stop("SIGKILL");
@@ -68,8 +69,9 @@ describe.skipIf(noCeph !== undefined)("servers of one bucket", () => {
       await checkShared([a, b]);
       for (let count = 0; count < 4; count++)
         expect((await runClient(front.address, ["cat", "shared.txt"])).output).toBe("by 1");
-      const sent = front.log.filter(({ event }) => event === "redirect").map(({ to }) => to as string);
-      expect(sent.slice(0, 4).sort()).toEqual([a.address, a.address, b.address, b.address].sort());
+      const sent = () => front.log.filter(({ event }) => event === "redirect").map(({ to }) => to as string);
+      await waitFor("all are logged", () => sent().length >= 4);
+      expect(sent().slice(0, 4).sort()).toEqual([a.address, a.address, b.address, b.address].sort());
       expect(readdirSync(nothing.path)).toEqual([]);
     },
   );

@@ -5,7 +5,16 @@ import { join } from "node:path";
 import type { ClusterState } from "../../hub.ts";
 import { addToken } from "../../tokens.ts";
 import { authority, hasOpenssl, pair } from "../certificates.ts";
-import { runClient, type Server, startServer, TEST_MS, temporaryFolder, treeOf, waitFor } from "../fixtures.ts";
+import {
+  ifStill,
+  runClient,
+  type Server,
+  startServer,
+  TEST_MS,
+  temporaryFolder,
+  treeOf,
+  waitFor,
+} from "../fixtures.ts";
 import { type Machine, makeNetwork, whyNoNetwork } from "./namespaces.ts";
 
 setDefaultTimeout(2 * TEST_MS);
@@ -96,15 +105,25 @@ async function live(master: Node, count: number): Promise<void> {
 
 async function settled(nodes: Node[]): Promise<string[]> {
   await live(nodes[0]!, nodes.length - 1);
-  const tree = () => treeOf(nodes[0]!.root);
+  const tree = () => ifStill(() => treeOf(nodes[0]!.root));
   await waitFor("all have the same", async () => {
     const statuses = await Promise.all(nodes.map(({ status }) => status()));
     const isBehind = statuses.some(
       ({ problem, replicas }) => problem !== undefined || replicas.some(({ lag }) => lag > 0),
     );
-    return !isBehind && nodes.every(({ root }) => Bun.deepEquals(treeOf(root), tree()));
+    const first = tree();
+    return (
+      !isBehind &&
+      first &&
+      nodes.every(({ root }) =>
+        Bun.deepEquals(
+          ifStill(() => treeOf(root)),
+          first,
+        ),
+      )
+    );
   });
-  return tree();
+  return treeOf(nodes[0]!.root);
 }
 
 /** Both sides take changes while they do not hear of each other; then all have all of them. */
