@@ -36,7 +36,7 @@ export interface LogFields {
   ms?: number | undefined;
   /** How many of them. */
   count?: number | undefined;
-  /** What somebody else has said is the reason. */
+  /** The reason, where the peer is not told it. */
   why?: string | undefined;
 }
 

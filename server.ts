@@ -211,7 +211,8 @@ async function turnAway(
   verdict: Exclude<Verdict, "welcome">,
   turnedAway: Set<Connection>,
 ): Promise<void> {
-  logRefusal(settings, { status: "busy", peer: connection.peer });
+  const why = verdict === "full" ? "--max-connections" : "--max-per-address";
+  logRefusal(settings, { status: "busy", peer: connection.peer, why });
   if (turnedAway.size >= MAX_TURNED_AWAY) return connection.close();
   turnedAway.add(connection);
   connection.timeoutMs = Math.min(TURN_AWAY_MS, settings.idleMs);

@@ -48,7 +48,7 @@ import {
 } from "./protocol.ts";
 import type { SecretFiles } from "./secrets.ts";
 import { join, type OpenFile, type Root } from "./storage.ts";
-import type { Token, Tokens } from "./tokens.ts";
+import { hasExpired, type Token, type Tokens } from "./tokens.ts";
 
 const SOFTWARE = `reprise ${version}`;
 /** Content of a DATA frame where it passes through our memory, which a thousand slow readers then share. */
@@ -163,6 +163,7 @@ export class Session {
   #bytes = 0;
   #pending: Pending[] = [];
   #takesFile = false;
+  #whyDenied: string | undefined;
   /** As much is collected as is sent together. */
   #isFull = false;
   /** The END of the current upload has come. */
@@ -338,7 +339,8 @@ export class Session {
     // Both are looked through in any case: the time of an answer tells nothing.
     const [given, ofMember] = [tokens.find(text), hub.members.find(text)];
     this.#token = given ?? ofMember;
-    if (!this.#token || !this.#isStillAllowed) throw await this.#denial();
+    if (!this.#token || !this.#isStillAllowed)
+      throw await this.#denial(this.#token ? undefined : text === "" ? "no token" : "no such token");
     const { folder } = this.#token;
     if (folder === "") return;
     try {
@@ -349,7 +351,7 @@ export class Session {
       // That may be right again in a moment.
       if (error.code === "failed") throw new RepriseError("busy");
       if (error.code === "busy") throw error;
-      throw await this.#denial();
+      throw await this.#denial("the token's folder is not there");
     }
   }
 
@@ -365,10 +367,13 @@ export class Session {
 
   /**
    * [access] One answer for all that is not allowed, so that it does not tell why; the more failures, the later. Whoever
-   * does not wait for it holds no place meanwhile and is told nothing, and nothing that comes meanwhile is kept.
+   * does not wait for it holds no place meanwhile and is told nothing, and nothing that comes meanwhile is kept. `why` is
+   * for the log alone.
    */
-  async #denial(): Promise<RepriseError> {
+  async #denial(why?: string): Promise<RepriseError> {
     const worker = this.#worker;
+    this.#whyDenied =
+      why ?? (this.#token && hasExpired(this.#token) ? "the token has expired" : "the token was removed or changed");
     await this.#apply();
     await this.#connection.flush();
     const ms = await worker.gate.failed(this.#peer);
@@ -389,7 +394,7 @@ export class Session {
   /** Why nothing can be changed here, or undefined. */
   async #writeRefusal(): Promise<RepriseError | undefined> {
     const { settings, tokens } = this.#worker;
-    if (tokens && this.#token?.access !== "write") return this.#denial();
+    if (tokens && this.#token?.access !== "write") return this.#denial(`the token is for ${this.#token?.access}`);
     if (!this.#changes) return readOnly("the server is read-only; started with --writable it takes changes");
     const { refusal } = this.#worker.hub.cluster ?? {};
     if (refusal !== undefined) return new RepriseError("busy", refusal);
@@ -493,7 +498,7 @@ export class Session {
       // What members know each other by is for being called back: who was a member once is not to join by that.
       const isKnown = this.#token !== undefined && kind !== "call" && hub.members.holds(this.#token);
       const isMember = this.#token?.access === "replica" && this.#token.folder === "" && !isKnown;
-      return isMember ? undefined : this.#denial();
+      return isMember ? undefined : this.#denial("no replica token of the whole root");
     }
     if (isLoopback(this.#peer)) return undefined;
     const why = "only servers on this machine may join without tokens; --tokens at the server that is joined opens it";
@@ -859,8 +864,8 @@ export class Session {
     await this.#connection.finish();
   }
 
-  get #who(): Pick<LogFields, "peer" | "token"> {
-    return { peer: this.#peer, token: this.#token?.name };
+  get #who(): Pick<LogFields, "peer" | "token" | "why"> {
+    return { peer: this.#peer, token: this.#token?.name, why: this.#whyDenied };
   }
 }
 

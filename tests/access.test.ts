@@ -528,7 +528,7 @@ describe("access", () => {
     ["the beginning of a", ({ tokens }) => tokens.ann.slice(0, -1)],
     ["the name of a", () => "ann"],
   ];
-  test.each(outside)("%s token: no request behind it is looked at", async (_, tokenOf) => {
+  test.each(outside)("%s token: no request behind it is looked at", async (kind, tokenOf) => {
     using root = makeRoot(TREE);
     await using it = await guard(root.path, { ann: ["write"], old: ["write", "", PAST] });
     const before = treeOf(root.path);
@@ -539,7 +539,8 @@ describe("access", () => {
     expect(guest.answers().map(codeOf)).toEqual(["denied"]);
     expect(treeOf(root.path)).toEqual(before);
     await waitFor("it is logged", () => it.logOf(guest).length > 0);
-    expect(it.logOf(guest).map(({ event, status }) => `${event} ${status}`)).toEqual(["close denied"]);
+    const why = { "an expired": "the token has expired", no: "no token" }[kind] ?? "no such token";
+    expect(it.logOf(guest).map(({ event, status, why }) => [event, status, why])).toEqual([["close", "denied", why]]);
   });
 
   test("an empty file lets nobody in", async () => {
@@ -571,6 +572,9 @@ describe("access", () => {
     for (const guest of [cut, less, late])
       await waitFor("it is denied", async () => (await guest.ask(stat("f"))) === "denied");
     expect(await kept.ask(stat("f"))).toBe("ok");
+    await waitFor("each is logged", () => [cut, less, late].every((guest) => it.logOf(guest).at(-1)?.why));
+    const gone = "the token was removed or changed";
+    expect([cut, less, late].map((guest) => it.logOf(guest).at(-1)!.why)).toEqual([gone, gone, gone]);
     await expect(enter(it.port, goes)).rejects.toThrow("access denied");
     using again = await enter(it.port, shrinks);
     expect(await again.ask(put("p"))).toBe("denied");
@@ -1512,6 +1516,9 @@ describe("counts over all workers", () => {
     await fill(port, ofCem.welcome, 5, cem);
     expect((await knockAll(port, 3, cem)).welcome.length).toBe(0);
     expect((await knockAll(port, 3, ann)).welcome.length).toBe(0);
+    const limits = () => new Set(server.log.filter(({ status }) => status === "busy").map(({ why }) => why));
+    await waitFor("the limits are logged", () => limits().size === 2);
+    expect(limits()).toEqual(new Set(["--max-per-address", "--max-connections"]));
   });
 
   test("a place is held from the first byte on: who has not said HELLO counts as well", async () => {
@@ -1848,6 +1855,7 @@ describe("the log", () => {
     for (const line of it.logOf(guest)) {
       expect(line).toMatchObject({ token: "ann", worker: expect.any(Number), time: expect.any(String) });
       expect(line.status).toMatch(/^(not_found|bad_name|denied)$/);
+      expect(line.why).toBe(line.status === "denied" ? "the token is for read" : undefined);
     }
     expect(it.logOf(unknown)[0]).toMatchObject({ event: "close", status: "denied" });
     expect(it.logOf(unknown)[0]!.token).toBeUndefined();
@@ -1869,7 +1877,9 @@ describe("the log", () => {
         .filter((line) => line.includes(guest.address));
     await waitFor("all is logged", () => lines().length === NAMES.length + 1);
     for (const line of lines())
-      expect(line).toMatch(/^\d\d:\d\d:\d\d \[\d\] 127\.77\.\d+\.\d+ ann (get|put) ".*, \w+$/);
+      expect(line).toMatch(
+        /^\d\d:\d\d:\d\d \[\d\] 127\.77\.\d+\.\d+ ann (get|put) ".*, (\w+|denied: the token is for read)$/,
+      );
     expect(it.server.stderr()).not.toMatch(UNSHOWN);
   });
 
