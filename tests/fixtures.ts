@@ -452,16 +452,20 @@ export interface FakeOptions {
   /** What is said to HELLO, in place of WELCOME. */
   greet?: (hello: Hello, connection: number) => Frames;
   tls?: { cert: string; key: string };
+  /** An upload is answered once all of its content has come. */
+  takesAll?: boolean;
 }
 
 /** A server that speaks the protocol and answers whatever the test wants. What content comes it forgets. */
-export function startFakeServer(answer: Answering, { greet, tls }: FakeOptions = {}): FakeServer {
+export function startFakeServer(answer: Answering, { greet, tls, takesAll }: FakeOptions = {}): FakeServer {
   interface State {
     decoder: FrameDecoder;
     greeted: boolean;
     number: number;
     waiting: Frames;
     turn: Promise<void>;
+    /** The content of an upload has come. */
+    ended?: () => void;
   }
   const requests: Request[] = [];
   const hellos: Hello[] = [];
@@ -504,10 +508,13 @@ export function startFakeServer(answer: Answering, { greet, tls }: FakeOptions =
             send(socket, greet?.(hello, data.number) ?? [encodeWelcome("fake")]);
             continue;
           }
+          if (frame.type === FrameType.END) data.ended?.();
           if (frame.type === FrameType.DATA || frame.type === FrameType.END) continue;
           const request = decodeRequest(frame);
           requests.push(request);
-          data.turn = data.turn.then(async () => send(socket, await answer(request, data.number)));
+          const isWhole = !takesAll || request.action !== "put" || request.content !== undefined;
+          const ended = isWhole ? undefined : new Promise<void>((resolve) => Object.assign(data, { ended: resolve }));
+          data.turn = data.turn.then(() => ended).then(async () => send(socket, await answer(request, data.number)));
         }
       },
       drain: flush,

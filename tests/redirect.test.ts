@@ -887,15 +887,21 @@ describe("changes in a cluster", () => {
     await waitFor("both were asked", () => cluster.replicas.every(wasAsked));
   });
 
-  /** A replica that loses its connection once it has taken a change; what it then has is said by `after`. */
+  /**
+   * A replica that loses its connection once it has taken a change, all of it: who knows that it has not sent all need not
+   * ask whether it is there. What it then has is said by `after`.
+   */
   function startForgetful(after: Answering): FakeServer {
     let isTaken = false;
-    return startFakeServer((request, connection) => {
-      if (isTaken) return after(request, connection);
-      if (request.action === "stat") return [encodeError(new RepriseError("not_found"))];
-      isTaken = true;
-      return [undefined];
-    });
+    return startFakeServer(
+      (request, connection) => {
+        if (isTaken) return after(request, connection);
+        if (request.action === "stat") return [encodeError(new RepriseError("not_found"))];
+        isTaken = true;
+        return [undefined];
+      },
+      { takesAll: true },
+    );
   }
 
   test("a move whose answer was lost is done when its new name is there, be it at another", async () => {
