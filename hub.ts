@@ -16,7 +16,7 @@ import {
   type Entry,
   type ErrorCode,
   encodeError,
-  encodeLink,
+  encodeLinkText,
   type Frame,
   quote,
   RepriseError,
@@ -118,7 +118,8 @@ export type ToKeeper =
 export type ToWorker =
   /** `refusal`: why it is not known to all, and will not be soon. */
   | { kind: "announced"; id: number; refusal?: string | undefined }
-  | { kind: "say"; id: number; message: object }
+  /** JSON already: between processes an object costs many times what a text does, and members are told the same. */
+  | { kind: "say"; id: number; text: string }
   /** Ends a link, with what is wrong. */
   | { kind: "unlink"; id: number; code: ErrorCode; text: string };
 
@@ -376,7 +377,7 @@ export class Hub {
         this.#onAnnounced(message);
         break;
       case "say":
-        this.#links.get(message.id)?.say(message.message);
+        this.#links.get(message.id)?.say(message.text);
         break;
       case "unlink":
         this.#links.get(message.id)?.end(new RepriseError(message.code, message.text));
@@ -569,8 +570,8 @@ export class Link {
   }
 
   /** A peer that does not take what it is told is not waited for without end, nor is all kept for it. */
-  say(message: object): void {
-    if (!this.#error) this.#queue(encodeLink(message));
+  say(text: string): void {
+    if (!this.#error) this.#queue(encodeLinkText(text));
   }
 
   end(error: RepriseError): void {

@@ -8,7 +8,15 @@
 import { say } from "./command.ts";
 import { formatAddress, sleep } from "./connection.ts";
 import { addressOf, type FromKeeper, type KeeperSettings, type MemberStatus, storeOf, type ToKeeper } from "./hub.ts";
-import { type Decision, type EmbeddedLedger, type Log, type Member, STRETCH_RECORDS, stretchOf } from "./ledger.ts";
+import {
+  type Decision,
+  type EmbeddedLedger,
+  type Log,
+  type Member,
+  STRETCH_RECORDS,
+  type Stretch,
+  stretchOf,
+} from "./ledger.ts";
 import {
   type Above,
   type Alive,
@@ -280,24 +288,28 @@ export class Members {
 
   /** There may be more of the log. */
   pump(): void {
-    for (const down of this.all) this.#pump(down);
+    const made = new Map<string, Told>();
+    for (const down of this.all) this.#pump(down, made);
   }
 
-  /** Sends a member what it does not have of the log, as much at a time as it takes in. */
-  #pump(down: Down): void {
+  /** Sends a member what it does not have of the log, as much at a time as it takes in. `made`: what others were sent. */
+  #pump(down: Down, made = new Map<string, Told>()): void {
     // What is missing here is missing there: it must not be taken for deleted.
     if (!this.#options.isWhole()) return;
     const from = this.#options.log();
-    const { revision, pruned } = from;
+    const { revision } = from;
     while (down.sent !== undefined && (down.sent < revision || down.isWithinSnapshot || down.isBeginning)) {
       if (down.sent - down.received > MAX_UNANSWERED) return;
-      const stretch = cut(stretchOf(from, down.sent, STRETCH_RECORDS, down.isWithinSnapshot));
+      const which = `${down.sent} ${down.isWithinSnapshot}`;
+      const told = made.get(which) ?? toTell(from, down.sent, down.isWithinSnapshot);
+      made.set(which, told);
+      const { stretch } = told;
       // It begins with nothing.
       if (stretch.snapshot && !down.isWithinSnapshot) down.received = 0;
       down.isBeginning = false;
       down.isWithinSnapshot = stretch.snapshot === "part";
       down.sent = Math.max(stretch.revision, stretch.snapshot ? 0 : down.sent);
-      this.#say(down.worker, down.id, { kind: "stretch", stretch, pruned });
+      this.#sayText(down, told.text);
     }
   }
 
@@ -382,7 +394,11 @@ export class Members {
   }
 
   #say(worker: number, id: number, message: FromMaster): void {
-    this.#options.send({ worker, message: { kind: "say", id, message } });
+    this.#sayText({ worker, id }, JSON.stringify(message));
+  }
+
+  #sayText({ worker, id }: Pick<Down, "worker" | "id">, text: string): void {
+    this.#options.send({ worker, message: { kind: "say", id, text } });
   }
 
   #unlink(worker: number, id: number, error: RepriseError): void {
@@ -392,6 +408,18 @@ export class Members {
   get #logSettings() {
     return { log: this.#options.settings.log, worker: 0 };
   }
+}
+
+/** A stretch, and the message that it is. */
+interface Told {
+  stretch: Stretch;
+  text: string;
+}
+
+function toTell(from: Log, after: number, isWithinSnapshot: boolean): Told {
+  const stretch = cut(stretchOf(from, after, STRETCH_RECORDS, isWithinSnapshot));
+  const message: FromMaster = { kind: "stretch", stretch, pruned: from.pruned };
+  return { stretch, text: JSON.stringify(message) };
 }
 
 /** A member, where the log has come to `newest`. */

@@ -512,7 +512,12 @@ export function encodeRequest(request: Request): Uint8Array {
 
 /** [link] A JSON object, of MAX_REQUEST_BYTES at the most. */
 export function encodeLink(message: object): Uint8Array {
-  return new Writer(FrameType.LINK).raw(encoder.encode(JSON.stringify(message))).done();
+  return encodeLinkText(JSON.stringify(message));
+}
+
+/** [link] The same of what is JSON already. */
+export function encodeLinkText(text: string): Uint8Array {
+  return new Writer(FrameType.LINK).raw(encoder.encode(text)).done();
 }
 
 /** [put] offset u64, size u64, mtime i64, flags u8, id str, etag str, path str, content. */

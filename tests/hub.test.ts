@@ -409,8 +409,8 @@ describe("a link", () => {
     expect(linked).toMatchObject({ peer: "127.0.0.1", message: { kind: "join", n: 1 } });
     expect(keepers.of("said").map(({ message }) => message)).toEqual([{ n: 2 }, { n: 3 }]);
     const { worker, id } = linked!;
-    keepers.say({ worker, message: { kind: "say", id, message: { n: 4 } } });
-    keepers.say({ worker, message: { kind: "say", id, message: { text: "x".repeat(200_000) } } });
+    keepers.say({ worker, message: { kind: "say", id, text: '{"n":4}' } });
+    keepers.say({ worker, message: { kind: "say", id, text: JSON.stringify({ text: "x".repeat(200_000) }) } });
     keepers.say({ worker, message: { kind: "unlink", id, code: "refused", text: "no such member" } });
     await waitFor("it is closed", () => guest.closed());
     const [, four, long, ending] = guest.answers;
@@ -491,9 +491,9 @@ describe("a link", () => {
     guest.send(link());
     const { worker, id } = await waitFor("the keeper has heard", () => keepers.of("linked")[0]);
     guest.socket.pause();
-    const message = { text: "x".repeat(400_000) };
+    const text = JSON.stringify({ text: "x".repeat(400_000) });
     await waitFor("the keeper is told that it is over", () => {
-      keepers.say({ worker, message: { kind: "say", id, message } });
+      keepers.say({ worker, message: { kind: "say", id, text } });
       return keepers.of("unlinked").length > 0;
     });
     guest.socket.resume();
