@@ -22,6 +22,8 @@ const SCHEMA = `
   CREATE INDEX IF NOT EXISTS digest ON entries (digest) WHERE digest <> '';
   CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID`;
 
+/** Of the log of SQLite, 16 MiB: pages that many changes touch are then put in their place once for all of them. */
+const CHECKPOINT_PAGES = 4_000;
 /** Entries, or that there is none, that are kept in memory. */
 const MAX_KEPT = 5_000;
 
@@ -59,6 +61,7 @@ export class Index implements Entries {
     this.#db.run("PRAGMA busy_timeout = 5000");
     this.#db.run("PRAGMA journal_mode = WAL");
     this.#db.run("PRAGMA synchronous = NORMAL");
+    this.#db.run(`PRAGMA wal_autocheckpoint = ${CHECKPOINT_PAGES}`);
     for (const statement of SCHEMA.split(";")) this.#db.run(statement);
     this.#get = this.#db.query("SELECT * FROM entries WHERE path = ?");
     this.#seen = this.#db.query("SELECT etag, seen FROM entries WHERE path = ?");
