@@ -20,6 +20,8 @@ import { type BufferPool, type Frame, FrameDecoder, quote, RepriseError } from "
 
 /** Small frames are collected up to this many bytes. */
 const MAX_COLLECTED_BYTES = 64 * 1024;
+/** From this many bytes on, a write of its own costs less than a copy. */
+const MIN_UNCOPIED_BYTES = 128 * 1024;
 /** From this many outstanding bytes of one frame on, receiving them directly is worth a system call of its own. */
 const MIN_DIRECT_BYTES = 16 * 1024;
 /** Signals, timers and other connections get their turn after this many bytes, or milliseconds. */
@@ -233,13 +235,15 @@ export class Connection {
 
   async #writeCollected(): Promise<void> {
     this.#checkWritable();
-    const bytes = this.#collected.length === 1 ? this.#collected[0]! : Buffer.concat(this.#collected);
+    const all = together(this.#collected);
     this.#collected = [];
     this.#collectedBytes = 0;
-    for (let at = 0; at < bytes.length; ) {
-      const taken = this.#write(at === 0 ? bytes : bytes.subarray(at));
-      at += taken;
-      if (at < bytes.length) await this.#untilWritable();
+    for (const bytes of all) {
+      for (let at = 0; at < bytes.length; ) {
+        const taken = this.#write(at === 0 ? bytes : bytes.subarray(at));
+        at += taken;
+        if (at < bytes.length) await this.#untilWritable();
+      }
     }
     if (this.#turnIsOver()) await nextTurn();
   }
@@ -545,6 +549,14 @@ export interface AcceptOptions extends ConnectionOptions {
   /** With TLS: asked for each connection. */
   certificate?: (() => Certificate) | undefined;
   onConnection: (connection: Connection) => void;
+}
+
+/** Small ones are put together; a large one behind them is not worth copying. */
+function together(parts: Uint8Array[]): Uint8Array[] {
+  if (parts.length === 1) return parts;
+  const last = parts.at(-1)!;
+  if (last.length < MIN_UNCOPIED_BYTES) return [Buffer.concat(parts)];
+  return [Buffer.concat(parts.slice(0, -1)), last];
 }
 
 /** Listens on a port that other processes listen on as well. */
