@@ -39,9 +39,11 @@ const READ_BUDGET_BYTES = 32 * 1024 * 1024;
 /** Of one download. */
 const MAX_AHEAD_BYTES = 16 * 1024 * 1024;
 /** A piece that is asked for at once; the last is for when the budget is used up. */
-const MAX_PIECE_BYTES = 4 * 1024 * 1024;
+const MAX_PIECE_BYTES = 8 * 1024 * 1024;
 const FIRST_PIECE_BYTES = 256 * 1024;
 const LEAST_PIECE_BYTES = 64 * 1024;
+/** What is read of a piece is lent where it is so large that who sends it waits until it has gone; less is copied. */
+const MIN_LENT_BYTES = 64 * 1024;
 /** A reader that gets nothing for longer gives up: all tries of one range together are shorter. */
 const READ_MS = 20_000;
 /** Times of files in a list, asked for side by side. */
@@ -644,6 +646,8 @@ interface Piece {
   offset: number;
   length: number;
   content: Promise<Uint8Array>;
+  /** The same, if it is large and was read of. */
+  held?: Uint8Array;
 }
 
 /** A version that is read from its bucket, for the most part from some place on to its end. */
@@ -656,6 +660,11 @@ class BucketFile implements Origin {
   readonly #stop = new AbortController();
   /** Asked for, one behind the other, and not yet used up. */
   #pieces: Piece[] = [];
+  /**
+   * Memory of a large piece that was used up, for the next: fresh memory costs as much as receiving into it. Not of small
+   * ones, of which hundreds of downloads have some each: what is kept alive of these is beyond what the budget knows.
+   */
+  #spare: Uint8Array | undefined;
   /** As much is asked for ahead: more with each piece that was used up. */
   #ahead = FIRST_PIECE_BYTES;
   /** Nobody wants what is behind. */
@@ -678,6 +687,7 @@ class BucketFile implements Origin {
     this.#end = Math.min(end, this.meta.size);
   }
 
+  /** What is large is lent: it holds until the next call. */
   async read(offset: number, length: number): Promise<Uint8Array> {
     if (length === 0) return new Uint8Array(0);
     if (!this.#isReading) this.#bucket.readers++;
@@ -688,12 +698,14 @@ class BucketFile implements Origin {
     for (let at = offset; at < offset + length; ) {
       const piece = this.#pieceAt(at);
       this.#askAhead();
+      this.#spare = undefined;
       const content = await piece.content;
+      if (content.length === MAX_PIECE_BYTES) piece.held = content;
       const part = content.subarray(at - piece.offset, Math.min(offset + length - piece.offset, piece.length));
       parts.push(part);
       at += part.length;
     }
-    return parts.length === 1 ? parts[0]! : Buffer.concat(parts, length);
+    return parts.length === 1 && length >= MIN_LENT_BYTES ? parts[0]! : Buffer.concat(parts, length);
   }
 
   /** Lets go of what is before, which is read and by now sent, or of all where somebody reads elsewhere. */
@@ -703,6 +715,7 @@ class BucketFile implements Origin {
     let count = 0;
     while (count < this.#pieces.length && endOf(this.#pieces[count]!) <= offset) count++;
     if (count > 0) this.#ahead = Math.min(2 * this.#ahead, MAX_AHEAD_BYTES);
+    this.#spare = this.#pieces[count - 1]?.held;
     this.#drop(count);
   }
 
@@ -740,12 +753,13 @@ class BucketFile implements Origin {
       reads.takeAnyway(length);
     }
     const limits = { signal: this.#stop.signal, withinMs: READ_MS };
-    const content = s3.read(this.#key, this.meta.etag, offset, length, limits).catch((error) => {
+    const content = s3.read(this.#key, this.meta.etag, offset, length, limits, this.#spare).catch((error) => {
       throw this.#errorOf(error);
     });
+    this.#spare = undefined;
     // Whether anybody comes for it or not.
     content.catch(() => {});
-    const piece = { offset, length, content };
+    const piece: Piece = { offset, length, content };
     this.#pieces.push(piece);
     return piece;
   }

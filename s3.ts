@@ -3,11 +3,13 @@
  *
  * Requests go over `fetch`, signed here (AWS Signature Version 4), because Bun's own S3 client sends no conditional
  * headers: `If-Match` is what makes a download one version, `If-None-Match` what keeps two uploads from one name. What
- * S3 sends back is asked for in pieces, since `fetch` takes a body whole, however slowly its reader reads.
+ * S3 sends back is asked for in pieces, since `fetch` takes a body whole, however slowly its reader reads. Large
+ * pieces come past it where there is no TLS: see httpget.ts.
  *
  * What may pass by itself is tried again: no connection, no answer in time, a status of 5xx, SlowDown. All tries of a
  * request together have a limit. What then is thrown is an `S3Error` whose `code` is S3's own, or `Unreachable`.
  */
+import { HttpGetter } from "./httpget.ts";
 import { quote } from "./protocol.ts";
 import {
   badAnswer,
@@ -41,6 +43,8 @@ const MAX_KEYS = 1000;
 /** An answer is a page of a list at the most: 1,000 keys of 1,024 bytes, encoded; but for content, of which it is known. */
 const MAX_ANSWER_BYTES = 16 * 1024 * 1024;
 const MIB = 1024 * 1024;
+/** From here on, an answer's content is received past `fetch`. Of smaller ones there may be hundreds under way. */
+const MIN_DIRECT_BYTES = MIB;
 /** Characters of a request's id that are shown. */
 const MAX_ID = 100;
 export interface S3Settings {
@@ -90,6 +94,8 @@ interface Call {
   /** Bytes that are expected back; and as many may come at most. */
   answerBytes?: number;
   mostBytes?: number;
+  /** Where these are to be put, if that can be. */
+  place?: Uint8Array | undefined;
   /** It may go on for long before there is an answer. */
   isLong?: boolean;
   limits?: RequestLimits | undefined;
@@ -107,6 +113,7 @@ export class S3 {
   readonly settings: S3Settings;
   readonly #base: URL;
   readonly #pathPrefix: string;
+  readonly #getter: HttpGetter | undefined;
   #signingKey: { day: string; key: Buffer } | undefined;
 
   constructor(settings: S3Settings) {
@@ -116,6 +123,7 @@ export class S3 {
     const isPath = endpoint !== undefined || bucket.includes(".");
     const host = isPath ? `s3.${region}.amazonaws.com` : `${bucket}.s3.${region}.amazonaws.com`;
     this.#base = new URL(endpoint ?? `https://${host}`);
+    this.#getter = HttpGetter.for(this.#base);
     this.#pathPrefix = this.#base.pathname.replace(/\/+$/, "") + (isPath ? `/${encodeKey(bucket)}` : "");
   }
 
@@ -134,10 +142,21 @@ export class S3 {
     }
   }
 
-  /** These bytes of that version. Throws `PreconditionFailed` where it is another by now. */
-  async read(key: string, etag: string, offset: number, length: number, limits?: RequestLimits): Promise<Uint8Array> {
+  /**
+   * These bytes of that version, which may be put into `spare`, if that is of their length. Throws `PreconditionFailed`
+   * where it is another by now.
+   */
+  async read(
+    key: string,
+    etag: string,
+    offset: number,
+    length: number,
+    limits?: RequestLimits,
+    spare?: Uint8Array,
+  ): Promise<Uint8Array> {
     const headers = { range: `bytes=${offset}-${offset + length - 1}`, "if-match": etag };
-    const call: Call = { method: "GET", key, headers, answerBytes: length, mostBytes: length, limits };
+    const place = this.#placeFor(length, spare);
+    const call: Call = { method: "GET", key, headers, answerBytes: length, mostBytes: length, place, limits };
     return this.#call(call, ({ headers: said, body }) => {
       // Not every engine looks at the condition.
       const found = said.get("etag");
@@ -147,6 +166,12 @@ export class S3 {
         throw new S3Error("IncompleteBody", 206, `${body.length} bytes came of ${quote(key)}, and not ${length}`);
       return body;
     });
+  }
+
+  /** Undefined where `fetch` finds one. */
+  #placeFor(length: number, spare: Uint8Array | undefined): Uint8Array | undefined {
+    if (!this.#getter || length < MIN_DIRECT_BYTES) return undefined;
+    return spare?.length === length ? spare : new Uint8Array(Buffer.allocUnsafeSlow(length).buffer);
   }
 
   /** All of a small object; undefined where there is none. */
@@ -343,13 +368,16 @@ export class S3 {
   }
 
   async #try(call: Call, withinMs: number): Promise<Answer> {
-    const { method, body, limits, mostBytes = MAX_ANSWER_BYTES } = call;
+    const { method, body, place, limits, mostBytes = MAX_ANSWER_BYTES } = call;
     const url = this.#urlOf(call);
     const { signal, done } = until(withinMs, limits?.signal);
     let response: Response;
     let content: Uint8Array;
     try {
-      const options = { method, headers: this.#signed(call, url), body, signal, redirect: "manual", decompress: false };
+      const signed = this.#signed(call, url);
+      const direct = place && (await this.#getter?.get(url.slice(this.#base.origin.length), signed, place, signal));
+      if (direct) return { headers: direct, body: place };
+      const options = { method, headers: signed, body, signal, redirect: "manual", decompress: false };
       response = await fetch(url, options as RequestInit);
       content = method === "HEAD" ? NOTHING : await bodyOf(response, response.ok ? mostBytes : MIB);
     } catch (error) {
