@@ -490,11 +490,11 @@ function hmac(key: Buffer, text: string): Buffer {
 /** All of it; throws `BadAnswer` where there is more than that, of which no more is taken then. */
 async function bodyOf(response: Response, mostBytes: number): Promise<Uint8Array> {
   const length = response.headers.get("content-length");
-  // That many come, and no more.
-  if (response.body === null || (length !== null && Number(length) <= mostBytes)) return response.bytes();
+  // That many come, and no more. To look at `body` already makes a stream of it, which costs as much as all the rest.
+  if (length !== null && Number(length) <= mostBytes) return response.bytes();
   const parts: Uint8Array[] = [];
   let bytes = 0;
-  for await (const part of response.body as unknown as AsyncIterable<Uint8Array>) {
+  for await (const part of (response.body ?? []) as AsyncIterable<Uint8Array>) {
     bytes += part.length;
     if (bytes > mostBytes) throw badAnswer(`more than ${mostBytes} bytes`);
     parts.push(part);
