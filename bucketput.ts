@@ -295,12 +295,16 @@ class BucketChanges implements Changes {
    */
   async #isCutMove(from: string, to: string, source?: ObjectInfo, there?: ObjectInfo): Promise<boolean> {
     if (from === to) return false;
-    if (source || there) return source !== undefined && there !== undefined && isSame(source, there);
-    return (await this.#areAllIn(`${to}/`, `${from}/`)) || (await this.#areAllIn(`${from}/`, `${to}/`));
+    if (source || there) return source !== undefined && there !== undefined && isCopy(there, source);
+    const [old, copies] = [`${from}/`, `${to}/`];
+    return (
+      (await this.#areAll(copies, (key) => this.#hasCopy(old + key.slice(copies.length), key))) ||
+      this.#areAll(old, (key) => this.#hasCopy(key, copies + key.slice(old.length)))
+    );
   }
 
-  /** Whether all objects of one folder, of which one at least is a file, are in another, too. */
-  async #areAllIn(folder: string, other: string): Promise<boolean> {
+  /** Whether that is so of all objects of a folder, of which one at least is a file. */
+  async #areAll(folder: string, isSo: (key: string) => Promise<boolean>): Promise<boolean> {
     const { s3 } = this.#shared.bucket;
     let files = 0;
     let token: string | undefined;
@@ -309,19 +313,18 @@ class BucketChanges implements Changes {
       token = next;
       for (let at = 0; at < objects.length; at += MAX_TOGETHER) {
         const some = objects.slice(at, at + MAX_TOGETHER).map(({ key }) => key);
-        const areIn = await Promise.all(some.map((key) => this.#isIn(key, folder, other)));
-        if (areIn.includes(false)) return false;
+        const areSo = await Promise.all(some.map((key) => key !== undefined && isSo(key)));
+        if (areSo.includes(false)) return false;
         files += some.filter((key) => !key!.endsWith("/")).length;
       }
     } while (token !== undefined);
     return files > 0;
   }
 
-  async #isIn(key: string | undefined, folder: string, other: string): Promise<boolean> {
-    if (key === undefined) return false;
+  async #hasCopy(from: string, to: string): Promise<boolean> {
     const { s3 } = this.#shared.bucket;
-    const [one, two] = await Promise.all([s3.head(key), s3.head(other + key.slice(folder.length))]);
-    return one !== undefined && two !== undefined && isSame(one, two);
+    const [info, there] = await Promise.all([s3.head(from), s3.head(to)]);
+    return info !== undefined && there !== undefined && isCopy(there, info);
   }
 
   async #isOnlyMarker(prefix: string): Promise<boolean> {
@@ -355,7 +358,7 @@ class BucketChanges implements Changes {
     const { s3 } = this.#shared.bucket;
     const [info, there] = await Promise.all([s3.head(from), isCut ? s3.head(to) : undefined]);
     if (!info) return;
-    if (!there || !isSame(info, there)) await this.#copy(from, info, to);
+    if (!there || !isCopy(there, info)) await this.#copy(from, info, to);
     copied.add(versionOf(from, info.etag));
   }
 
@@ -445,7 +448,16 @@ class BucketChanges implements Changes {
   }
 }
 
-/** The same content, with the same time: a copy. */
+/**
+ * The same content, and written later: of the two, that is the copy. Were each taken for the other's, a move and a move back,
+ * as by who has thought better of it while the first goes on, would both find a copy and remove the original, until there is
+ * none. What was written within one second cannot be told apart, and is not taken for a copy either.
+ */
+function isCopy(copy: ObjectInfo, original: ObjectInfo): boolean {
+  return isSame(copy, original) && copy.modifiedMs > original.modifiedMs;
+}
+
+/** The same content, with the same time of the file. */
 function isSame(one: ObjectInfo, other: ObjectInfo): boolean {
   return one.etag === other.etag && one.size === other.size && one.mtime === other.mtime;
 }

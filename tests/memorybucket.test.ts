@@ -20,6 +20,7 @@ interface Held {
   content: Uint8Array;
   etag: string;
   mtime: string | undefined;
+  modifiedMs: number;
 }
 
 /** As much of S3 as changes need. */
@@ -35,13 +36,20 @@ class MemoryS3 {
   begun = 0;
   /** Of all uploads. */
   begunMs = Date.now();
+  /** When something was written last: a second passes with each, as S3 tells no less. */
+  nowMs = 0;
   /** Is called before each request, with its name and key. */
   before: (name: string, key: string) => void = () => {};
 
   set(key: string, content: Uint8Array | string, mtime?: string): string {
     const bytes = Buffer.from(content);
-    this.objects.set(key, { content: bytes, etag: md5(bytes), mtime });
+    this.objects.set(key, { content: bytes, etag: md5(bytes), mtime, modifiedMs: this.#tick() });
     return md5(bytes);
+  }
+
+  #tick(): number {
+    this.nowMs += 1000;
+    return this.nowMs;
   }
 
   get keys(): string[] {
@@ -61,7 +69,7 @@ class MemoryS3 {
   async head(key: string): Promise<ObjectInfo | undefined> {
     this.before("head", key);
     const held = this.objects.get(key);
-    return held && { size: held.content.length, etag: held.etag, modifiedMs: 0, mtime: held.mtime };
+    return held && { size: held.content.length, etag: held.etag, modifiedMs: held.modifiedMs, mtime: held.mtime };
   }
 
   async readAll(key: string) {
@@ -97,7 +105,7 @@ class MemoryS3 {
     if (ifNoneMatch && this.knowsCopies === undefined) throw new S3Error("NotImplemented", 501, "no such header");
     if (ifNoneMatch && this.knowsCopies && this.objects.has(to)) throw new S3Error("PreconditionFailed", 412, "there");
     if (held?.etag !== etag) throw new S3Error("PreconditionFailed", 412, "another");
-    this.objects.set(to, held);
+    this.objects.set(to, { ...held, modifiedMs: this.#tick() });
   }
 
   async createUpload(key: string): Promise<string> {
@@ -113,7 +121,7 @@ class MemoryS3 {
   async putPart(_key: string, id: string, number: number, content: Uint8Array): Promise<string> {
     const upload = this.parts.get(id);
     if (!upload) throw new S3Error("NoSuchUpload", 404, "no such upload");
-    upload.parts.set(number, { content: content.slice(), etag: md5(content), mtime: undefined });
+    upload.parts.set(number, { content: content.slice(), etag: md5(content), mtime: undefined, modifiedMs: 0 });
     return md5(content);
   }
 
@@ -124,7 +132,8 @@ class MemoryS3 {
     const held = parts.map(({ number }) => upload.parts.get(number)!);
     const etags = Buffer.concat(held.map(({ etag }) => Buffer.from(etag, "hex")));
     const etag = `${this.isEncrypted ? "opaque" : md5(etags)}-${held.length}`;
-    this.objects.set(key, { content: Buffer.concat(held.map(({ content }) => content)), etag, mtime: undefined });
+    const content = Buffer.concat(held.map(({ content }) => content));
+    this.objects.set(key, { content, etag, mtime: undefined, modifiedMs: this.#tick() });
     this.parts.delete(id);
     return etag;
   }
@@ -289,7 +298,37 @@ test("a move is none that was cut where there is anything else, and then nothing
   s3.set("f", "one", "1.5");
   s3.set("g", "one", "2.5");
   expect(await changes.apply([move("f", "g"), move("f", "f")])).toMatchObject([{ code: "exists" }, { code: "exists" }]);
-  expect(s3.keys).toEqual(["f", "g"]);
+  // Of what came in one second, either may be the copy.
+  s3.nowMs = 0;
+  s3.set("h", "one", "1.5");
+  expect(await changes.apply([move("f", "h"), move("h", "f")])).toMatchObject([{ code: "exists" }, { code: "exists" }]);
+  expect(s3.keys).toEqual(["f", "g", "h"]);
+});
+
+test("a move back, while the move is under way or was cut, leaves one of both copies", async () => {
+  const move = (path: string, to: string) => ({ action: "move", path, to, overwrite: false }) as const;
+  for (const [path, to] of [
+    ["from", "to"],
+    ["from/a", "b"],
+  ] as const) {
+    for (const name of ["copy", "remove"] as const) {
+      const { s3, changes } = setUp();
+      for (const key of ["from/a", "from/b", "from/c"]) s3.set(key, key, "1.5");
+      const request = s3[name].bind(s3) as (...args: unknown[]) => Promise<void>;
+      let asked = 0;
+      const back: unknown[] = [];
+      s3[name] = async (...args: unknown[]) => {
+        const isTurn = ++asked === (name === "copy" && path === "from" ? 3 : 1);
+        if (isTurn) back.push(...(await changes.apply([move(to, path)])));
+        return request(...args);
+      };
+      const done = await changes.apply([move(path, to)]);
+      const contents = new Set([...s3.objects.values()].map(({ content }) => content.toString()));
+      expect([path, name, back.length, contents]).toEqual([path, name, 1, new Set(["from/a", "from/b", "from/c"])]);
+      const code = name === "copy" && path !== "from" ? "not_found" : "exists";
+      expect([done, back]).toMatchObject([[undefined], [{ code }]]);
+    }
+  }
 });
 
 test("a move of a file replaces none that has come meanwhile, where the gateway looks for it", async () => {
