@@ -154,7 +154,7 @@ const put = command({
     if (files[0] === "-" && (target === undefined || target.endsWith("/"))) throw usage("put - needs -t NAME");
     const path = resolveRemote(context.folder, target ?? "");
     const log = new FolderLog(settings.directory, files[0]!, path, context.server);
-    const goesOn = isTree && files.length === 1 && target !== undefined && log.isThere;
+    const goesOn = isTree && files.length === 1 && target?.endsWith("/") === false && log.isThere;
     if (goesOn) say("info", `going on with ${printable(files[0]!)} as ${printable(path)}`);
     const isFolder = !goesOn && (files.length > 1 || (await namesFolder(context, target)));
     if (files[0] === "-" && isFolder) throw new RepriseError("not_a_file", `not a file: ${quote(path)} is a folder`);

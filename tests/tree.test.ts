@@ -426,6 +426,17 @@ describe("interrupted in the middle and run again", () => {
     expect(treeOf(it.remote("new/t"))).toEqual(treeOf(it.local("t")));
   });
 
+  test("put -r -t NAME/ puts into that folder also where a put -r -t NAME was interrupted", async () => {
+    await using it = await setUp({}, SLOW);
+    writeTree(it.local("t"), bigTree);
+    const child = it.spawn("put", "-r", "t", "-t", "new");
+    await waitFor("some of it is there", () => existsSync(it.remote("new/a")));
+    child.kill("SIGKILL");
+    await child.exited;
+    expect(await it.run("put", "-r", "t", "-t", "new/")).toMatchObject({ status: 0, errors: "" });
+    expect(treeOf(it.remote("new/t"))).toEqual(treeOf(it.local("t")));
+  });
+
   test("put -r -t NAME that the server refuses as a whole leaves no log, and one without room for a log says so", async () => {
     await using it = await setUp({});
     writeTree(it.local("t"), { f: "1" });
