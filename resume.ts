@@ -96,9 +96,11 @@ export interface Target {
 export const PART_SUFFIX = ".part";
 export const LOG_SUFFIX = ".resume.json";
 export const LOCK_SUFFIX = ".lock";
+/** Behind a hash. */
+export const FOLDER_LOG_SUFFIX = ".put-r.json";
 
 /** The suffixes above, and that of a log on its way to replace another. */
-const UNFINISHED = /\.part(\.lock)?$|\.resume\.json(\.lock|\.new)?$/;
+const UNFINISHED = /\.part(\.lock)?$|\.resume\.json(\.lock|\.new)?$|\.[0-9a-f]{1,16}\.put-r\.json$/;
 
 /** Whether a name is one that an unfinished transfer leaves: never listed, sent or taken for a file of the user's. */
 export function isUnfinished(name: string): boolean {

@@ -11,6 +11,8 @@ import { type Entry, MAX_CONTENT_BYTES, type Meta, quote, RepriseError, splitPat
 import type { DownloadHooks, Remote } from "./remote.ts";
 import {
   asLocal,
+  FOLDER_LOG_SUFFIX,
+  isUnfinished,
   LOCK_SUFFIX,
   LOG_SUFFIX,
   MAX_SEGMENTS,
@@ -384,6 +386,17 @@ function tidyLogs(directory: string): void {
   if (madeFolders.has(directory) && readdirSync(directory).length === 0) rmdirSync(directory);
 }
 
+/** What is in it is of unfinished transfers: no folder of the user's, though it may be in one that is put. */
+export function holdsOnlyLogs(directory: string): boolean {
+  try {
+    const names = readdirSync(directory);
+    return names.length > 0 && names.every(isUnfinished);
+  } catch {
+    // Whoever looks into it next says why that cannot be done.
+    return false;
+  }
+}
+
 /** An upload is told from others by what it sends, and to where. */
 function nameOfLog(directory: string, file: string, path: string, server: string, suffix: string): string {
   const hash = Bun.hash.xxHash64(`${resolve(file)}\0${server}\0${path}`).toString(16);
@@ -508,7 +521,7 @@ export class FolderLog {
 
   constructor(directory: string, file: string, path: string, server: string) {
     this.#directory = directory;
-    this.#name = nameOfLog(directory, file, path, server, ".put-r.json");
+    this.#name = nameOfLog(directory, file, path, server, FOLDER_LOG_SUFFIX);
     this.#log = { command: "put -r", path, server, file: resolve(file) };
   }
 

@@ -5,7 +5,7 @@
  * went well.
  */
 import { closeSync, constants, fstatSync, openSync, readSync, statSync } from "node:fs";
-import { basename, join } from "node:path";
+import { basename, join, resolve } from "node:path";
 import { say } from "./command.ts";
 import { type Context, remoteJoin } from "./context.ts";
 import type { Peer } from "./peer.ts";
@@ -21,7 +21,7 @@ import {
   splitPath,
 } from "./protocol.ts";
 import { asLocalSource, FileSource, SourceChanged } from "./source.ts";
-import { UploadLog } from "./transfer.ts";
+import { holdsOnlyLogs, UploadLog } from "./transfer.ts";
 import {
   emptySource,
   type LocalEntry,
@@ -60,6 +60,8 @@ class TreeUpload extends Transfer {
   readonly #there = new Map<string, Entry>();
   /** What is here, kept only where other things are to be removed. */
   readonly #seen: Set<string> | undefined;
+  /** The folder that has those of uploads. */
+  readonly #logs: string;
   #isRootThere = false;
   #leftOut = 0;
 
@@ -67,6 +69,7 @@ class TreeUpload extends Transfer {
     super(context, options);
     this.#roots = roots;
     this.#path = path;
+    this.#logs = resolve(options.directory);
     this.#seen = options.delete ? new Set() : undefined;
     this.name = (roots.length === 1 && basename(roots[0]!.file)) || basename(path);
   }
@@ -159,7 +162,10 @@ class TreeUpload extends Transfer {
       // The folder itself as well: it may be empty, and not there.
       if (path !== "" || !this.#isRootThere) yield item;
       if (kind === "file") continue;
-      for (const entry of walk(root.file, undefined, () => this.#leftOut++, this.failures)) {
+      const isForLogs = (path: string) => resolve(root.file, path) === this.#logs && holdsOnlyLogs(this.#logs);
+      const enter = (path: string) => !isForLogs(path);
+      for (const entry of walk(root.file, enter, () => this.#leftOut++, this.failures)) {
+        if (entry.kind === "folder" && isForLogs(entry.path)) continue;
         entry.path = remoteJoin(path, entry.path);
         yield Object.assign(entry, { root });
       }

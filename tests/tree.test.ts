@@ -437,6 +437,24 @@ describe("interrupted in the middle and run again", () => {
     expect(treeOf(it.remote("new/t"))).toEqual(treeOf(it.local("t")));
   });
 
+  test("put -r -t NAME of the folder where its log is does not put the log", async () => {
+    await using it = await setUp({});
+    writeTree(it.local("client_root"), { f: "1", "g.put-r.json": "2" });
+    const { status, errors } = await it.run("put", "-r", "client_root", "-t", "new");
+    expect([status, errors]).toEqual([0, "warn: 1 links, devices and unfinished transfers were left out\n"]);
+    expect(readdirSync(it.remote("new")).sort()).toEqual(["f", "g.put-r.json"]);
+    expect(readdirSync(it.local("client_root")).sort()).toEqual(["f", "g.put-r.json"]);
+  });
+
+  test("put -r -t NAME of the folder where that for the logs is made does not put that", async () => {
+    await using it = await setUp({});
+    writeTree(it.local("a"), { f: "1" });
+    const { status, errors } = await it.run("put", "-r", ".", "-t", "new");
+    expect([status, errors]).toEqual([0, ""]);
+    expect(readdirSync(it.remote("new"))).toEqual(["a"]);
+    expect(readdirSync(it.folder).includes("client_root")).toBe(false);
+  });
+
   test("put -r -t NAME that the server refuses as a whole leaves no log, and one without room for a log says so", async () => {
     await using it = await setUp({});
     writeTree(it.local("t"), { f: "1" });
