@@ -207,9 +207,13 @@ export function pageOf(xml: string, { prefix, token }: { prefix: string; token?:
     });
   }
   const prefixes = [...blocksOf(xml, "CommonPrefixes")].map((block) => checkedKey(block, "Prefix"));
-  const next = isCut(xml) ? unescapeXml(fieldOf(xml, "NextContinuationToken") ?? "") : undefined;
+  const after = unescapeXml(fieldOf(xml, "NextContinuationToken") ?? "");
+  const next = isCut(xml) ? after : undefined;
+  // Taken for all there is, what is behind it would be gone to who asks.
+  const isUnsaid = after !== "" && fieldOf(xml, "IsTruncated") === undefined;
   if (next === "" || (next !== undefined && next === token))
     throw badAnswer("a list that is cut and does not say where");
+  if (isUnsaid) throw badAnswer("a list that goes on and does not say that it is cut");
   return { objects, prefixes, next };
 }
 

@@ -151,6 +151,7 @@ const ALMOST: Record<string, [keyof typeof CALLS, () => Response][]> = {
   "no end said": [
     ["list", () => new Response(xmlOf("ListBucketResult", "<IsTruncated>perhaps</IsTruncated>"))],
     ["list", () => new Response(xmlOf("ListBucketResult", "<IsTruncated>true</IsTruncated>"))],
+    ["list", () => new Response(xmlOf("ListBucketResult", "<NextContinuationToken>t</NextContinuationToken>"))],
     ["uploads", () => new Response(xmlOf("ListMultipartUploadsResult", "<IsTruncated>true</IsTruncated>"))],
   ],
   "the same again": [
