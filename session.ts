@@ -372,9 +372,10 @@ export class Session {
    */
   async #denial(why?: string): Promise<RepriseError> {
     const worker = this.#worker;
+    await this.#apply();
+    // Not sooner: what was taken before was not denied.
     this.#whyDenied =
       why ?? (this.#token && hasExpired(this.#token) ? "the token has expired" : "the token was removed or changed");
-    await this.#apply();
     await this.#connection.flush();
     const ms = await worker.gate.failed(this.#peer);
     const denied = new RepriseError(
