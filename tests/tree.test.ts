@@ -346,6 +346,8 @@ const bigTree: Files = {
   "b/big one": randomBytes(6 * MIB, 11),
   "z/big two": randomBytes(6 * MIB, 12),
 };
+/** Of which the last is on its way for a while, at such a rate. */
+const smallTree: Files = { ...small(50, "a/"), "z/big": randomBytes(2 * MIB, 13) };
 /** So slow that no stop of a busy machine is long enough to miss that a large file is on its way. */
 const SLOW = ["--limit-rate", "1M"];
 
@@ -413,7 +415,7 @@ describe("interrupted in the middle and run again", () => {
     ["SIGKILL", 137],
   ] as const)("put -r -t NAME by %s: the same command goes on as that name, not into it", async (signal, status) => {
     await using it = await setUp({}, SLOW);
-    writeTree(it.local("t"), bigTree);
+    writeTree(it.local("t"), smallTree);
     const child = it.spawn("put", "-r", "t", "-t", "new");
     await waitFor("some of it is there", () => existsSync(it.remote("new/a")));
     child.kill(signal);
@@ -429,7 +431,7 @@ describe("interrupted in the middle and run again", () => {
 
   test("put -r -t NAME/ puts into that folder also where a put -r -t NAME was interrupted", async () => {
     await using it = await setUp({}, SLOW);
-    writeTree(it.local("t"), bigTree);
+    writeTree(it.local("t"), smallTree);
     const child = it.spawn("put", "-r", "t", "-t", "new");
     await waitFor("some of it is there", () => existsSync(it.remote("new/a")));
     child.kill("SIGKILL");
